@@ -1,0 +1,54 @@
+# `make bench` and `make test` do all the set-up: they use the active virtual environment, or make .venv.
+# A torch that is already there is kept.
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := $(CURDIR)/.venv
+endif
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.fastformer-ready
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(SOURCES)
+
+.PHONY: build bench test lint fuzz wheel compile-matrix readme-table clean
+
+build: $(READY) fastformer/lib/.built
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+$(READY): requirements-dev.txt pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install -q $$(grep '^torch' requirements-dev.txt)
+	grep -v '^torch' requirements-dev.txt | $(PYTHON) -m pip install -q -r /dev/stdin
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps --editable .
+	touch $@
+
+fastformer/lib/.built: setup.py $(SOURCES)
+	$(PYTHON) setup.py -q build_ext --inplace
+	touch $@
+
+bench: build
+	$(VENV)/bin/fastformer bench --quick
+
+# pytest-xdist: two processes of one thread each finish sooner on two cores than one process of two.
+test: lint build
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+lint: $(READY)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+# A thousand random cases for each property, instead of the twenty of `make test`.
+fuzz: build
+	FASTFORMER_HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -k any_
+
+wheel: $(READY)
+	$(PYTHON) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+# Every Triton kernel compiled for every architecture by every supported Triton; fetches the other Tritons.
+compile-matrix: build
+	$(PYTHON) tests/ahead_of_time/matrix.py
+
+clean:
+	rm -rf build dist fastformer/lib fastformer.egg-info $(READY)

@@ -1,0 +1,111 @@
+#include "softmax.h"
+
+#include "lanes.h"
+
+namespace fastformer::FASTFORMER_LEVEL {
+namespace {
+
+constexpr float kLog2e = 1.44269504f;
+
+// scores = scale x. log2(e) is multiplied in only after the maximum is taken off: rounding the product of a large score
+// would show in its exponential.
+template <typename T>
+void scale_row(const T* x, float* scores, int64_t cols, float scale) {
+  const Vec factor = broadcast(scale);
+  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(scores + i, load_n(x + i, n) * factor, n); });
+}
+
+void drop_masked(const bool* keep, int64_t stride, float* scores, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) scores[i] = keep[i * stride] ? scores[i] : -INFINITY;
+}
+
+template <typename M>
+void add_mask(const M* mask, int64_t stride, float* scores, int64_t cols) {
+  for (int64_t i = 0; i < cols; ++i) scores[i] += to_float(mask[i * stride]);
+}
+
+float row_max(const float* scores, int64_t cols) {
+  Vec peak = broadcast(-INFINITY);
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes) peak = max(peak, load(scores + i));
+  float result = reduce_max(peak);
+  for (; i < cols; ++i) result = scores[i] > result ? scores[i] : result;
+  return result;
+}
+
+// scores = e^(scores - peak); returns their sum.
+float exponentiate(float* scores, int64_t cols, float peak) {
+  const Vec shift = broadcast(peak), log2e = broadcast(kLog2e);
+  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+    const Vec exponential = exp2((load_n(scores + i, n) - shift) * log2e);
+    store_n(scores + i, exponential, n);
+    return n == kLanes ? exponential : select(first_n(n), exponential, zero());
+  });
+}
+
+template <typename T>
+void scaled_copy(const float* values, T* y, int64_t cols, float factor) {
+  const Vec f = broadcast(factor);
+  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(y + i, load_n(values + i, n) * f, n); });
+}
+
+template <typename T>
+void fill_zero(T* y, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) y[i] = from_float<T>(0.0f);
+}
+
+template <typename T>
+void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* scores) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % a.rows, head = index / a.rows % a.heads, outer = index / a.rows / a.heads;
+    const int64_t visible = a.is_causal && row + 1 < a.cols ? row + 1 : a.cols;
+    T* y = static_cast<T*>(a.output) + index * a.cols;
+    scale_row(static_cast<const T*>(a.input) + index * a.cols, scores, visible, a.scale);
+    const int64_t offset = outer * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
+    if (a.mask_kind == MaskKind::boolean) {
+      drop_masked(static_cast<const bool*>(a.mask) + offset, a.mask_strides[3], scores, visible);
+    } else if (a.mask_kind == MaskKind::additive) {
+      visit(a.mask_dtype, [&]<typename M>() {
+        add_mask(static_cast<const M*>(a.mask) + offset, a.mask_strides[3], scores, visible);
+      });
+    }
+    const float peak = row_max(scores, visible);
+    if (peak == -INFINITY) {  // nothing to attend to
+      fill_zero(y, 0, a.cols);
+      continue;
+    }
+    const float total = exponentiate(scores, visible, peak);
+    scaled_copy(scores, y, visible, 1.0f / total);
+    fill_zero(y, visible, a.cols);
+  }
+}
+
+// grad_input = scale y (grad - sum(grad y)).
+template <typename T>
+void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* grad = static_cast<const T*>(a.grad_output) + row * a.cols;
+    const T* y = static_cast<const T*>(a.output) + row * a.cols;
+    T* result = static_cast<T*>(a.grad_input) + row * a.cols;
+    const float dot_product =
+        sum_lanes(a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(grad + i, n) * load_n(y + i, n); });
+    const Vec dot = broadcast(dot_product), scale = broadcast(a.scale);
+    for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      store_n(result + i, scale * load_n(y + i, n) * (load_n(grad + i, n) - dot), n);
+    });
+  }
+}
+
+void forward(const SoftmaxForward& args, int64_t begin, int64_t end, float* scratch) {
+  visit(args.dtype, [&]<typename T>() { forward_rows<T>(args, begin, end, scratch); });
+}
+
+void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {
+  visit(args.dtype, [&]<typename T>() { backward_rows<T>(args, begin, end); });
+}
+
+}  // namespace
+
+const SoftmaxKernels softmax{forward, backward};
+
+}  // namespace fastformer::FASTFORMER_LEVEL

@@ -1,0 +1,85 @@
+#include "kernels/softmax.h"
+
+#include "common.h"
+
+namespace fastformer {
+namespace {
+
+// A mask of at most four dimensions, as strides over (outer, head, row, column); 0 where it broadcasts.
+struct BroadcastMask {
+  MaskKind kind = MaskKind::none;
+  DType dtype = DType::float32;
+  const void* data = nullptr;
+  int64_t strides[4] = {0, 0, 0, 0};
+};
+
+BroadcastMask broadcast_mask(const std::optional<Tensor>& mask, const int64_t (&sizes)[4]) {
+  BroadcastMask result;
+  if (!mask.has_value()) return result;
+  const bool boolean = mask->scalar_type() == ScalarType::Bool;
+  result.kind = boolean ? MaskKind::boolean : MaskKind::additive;
+  if (!boolean) result.dtype = dtype_of(*mask, "mask");
+  result.data = pointer(*mask);
+  for (int64_t i = 0; i < mask->dim(); ++i) {
+    const int64_t to = 4 - mask->dim() + i, size = mask->size(i);
+    STD_TORCH_CHECK(size == sizes[to] || size == 1, "mask must broadcast to input");
+    result.strides[to] = size == 1 ? 0 : mask->stride(i);
+  }
+  return result;
+}
+
+Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, double scale, bool is_causal) {
+  const int64_t dims = input.dim();
+  STD_TORCH_CHECK(dims >= 1, "input must have at least one dimension");
+  STD_TORCH_CHECK(!is_causal || dims >= 2, "is_causal: input must have rows and columns");
+  STD_TORCH_CHECK(!mask.has_value() || (dims <= 4 && mask->dim() <= dims), "mask: input may have at most 4 dimensions");
+  const Tensor x = as_contiguous(input);
+  const Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  const auto size = [&](int64_t from_last) { return dims >= from_last ? x.size(dims - from_last) : 1; };
+  const int64_t cols = size(1), rows = size(2), heads = size(3), outer = x.numel() / (cols * rows * heads);
+  const BroadcastMask m = broadcast_mask(mask, {outer, heads, rows, cols});
+  const SoftmaxForward args{
+      .input = pointer(x),
+      .output = mutable_pointer(y),
+      .mask = m.data,
+      .mask_kind = m.kind,
+      .dtype = dtype_of(x, "input"),
+      .mask_dtype = m.dtype,
+      .heads = heads,
+      .rows = rows,
+      .cols = cols,
+      .mask_strides = {m.strides[0], m.strides[1], m.strides[2], m.strides[3]},
+      .scale = static_cast<float>(scale),
+      .is_causal = is_causal,
+  };
+  const SoftmaxKernels& kernels = softmax_kernels();
+  torch::stable::parallel_for(0, outer * heads * rows, row_grain(cols * 4), [&](int64_t begin, int64_t end) {
+    const Scratch scores(cols * sizeof(float));
+    kernels.forward(args, begin, end, scores.as<float>());
+  });
+  return y;
+}
+
+Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, double scale) {
+  STD_TORCH_CHECK(same_sizes(grad_output, output), "grad_output must have the shape of output");
+  STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type(), "grad_output must have the dtype of output");
+  const Tensor grad = as_contiguous(grad_output), y = as_contiguous(output);
+  const Tensor result = torch::stable::empty_like(y);
+  if (y.numel() == 0) return result;
+  const int64_t cols = y.size(y.dim() - 1);
+  const SoftmaxBackward args{pointer(grad),         pointer(y), mutable_pointer(result),
+                             dtype_of(y, "output"), cols,       static_cast<float>(scale)};
+  const SoftmaxKernels& kernels = softmax_kernels();
+  torch::stable::parallel_for(0, y.numel() / cols, row_grain(cols * 4),
+                              [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
+  return result;
+}
+
+}  // namespace
+}  // namespace fastformer
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
+  m.impl("softmax_forward", TORCH_BOX(&fastformer::softmax_forward));
+  m.impl("softmax_backward", TORCH_BOX(&fastformer::softmax_backward));
+}

@@ -1,0 +1,87 @@
+// Every operator's schema, once. Python reads the same text when this library was not built (fastformer/library.py).
+//
+// Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Sq and Sk lengths, D head_dim, Dv value width,
+// N rows (all leading dimensions together), C columns, F hidden width, V vocabulary.
+// Statistics (mean, rstd, lse, losses) are float32. A tensor "not asked for" comes back with no elements.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/level.h"
+
+STABLE_TORCH_LIBRARY(fastformer, m) {
+  // softmax over the last dimension of scale * input + mask. A bool mask keeps where True; it broadcasts to input.
+  // is_causal: row i of the last two dimensions keeps columns 0..i.
+  m.def("softmax_forward(Tensor input, Tensor? mask, float scale, bool is_causal) -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output, float scale) -> Tensor");
+
+  // Over the last dimension of summed = input + residual (input itself, and an empty `summed`, without a residual).
+  // rms: no mean is taken off, and `mean` is empty. mean, rstd: [N].
+  m.def(
+      "layer_norm_forward(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms)"
+      " -> (Tensor output, Tensor summed, Tensor mean, Tensor rstd)");
+  // grad_summed: what flows into `summed` from elsewhere. has_bias asks for grad_bias.
+  m.def(
+      "layer_norm_backward(Tensor grad_output, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean,"
+      " Tensor rstd, bool has_bias, bool rms) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // query [B, H, Sq, D], key [B, G, Sk, D], value [B, G, Sk, Dv], mask broadcasting to [B, H, Sq, Sk] (bool: True may
+  // attend; else added to scale * query key^T). is_causal: query i sees keys j <= i, or j <= i + Sk - Sq with
+  // bottom_right. output [B, H, Sq, Dv] lies in memory as [B, Sq, H, Dv]; lse [B, H, Sq], natural logarithm, -inf and
+  // an output of 0 where every key is masked.
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal,"
+      " bool bottom_right) -> (Tensor output, Tensor lse)");
+  // The gradients lie in memory like output: [B, S, heads, width]. grad_mask [B, H, Sq, Sk] float32, if asked for.
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? mask,"
+      " Tensor output, Tensor lse, float scale, bool is_causal, bool bottom_right, bool needs_grad_mask)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+
+  // activation(input weight1^T + bias1) weight2^T + bias2, or with weight_gate
+  // (activation(input weight_gate^T) * (input weight1^T + bias1)) weight2^T + bias2.
+  // input [..., C], weight1 and weight_gate [F, C], weight2 [C2, F]. hidden: the arguments of the activation and the
+  // product, saved when save_hidden: [N, F], or [N, 2F] = gate beside up.
+  // activation: gelu, gelu_tanh, relu or silu.
+  m.def(
+      "feed_forward_forward(Tensor input, Tensor weight1, Tensor? bias1, Tensor? weight_gate, Tensor weight2,"
+      " Tensor? bias2, str activation, bool save_hidden) -> (Tensor output, Tensor hidden)");
+  m.def(
+      "feed_forward_backward(Tensor grad_output, Tensor input, Tensor weight1, Tensor? weight_gate, Tensor weight2,"
+      " Tensor hidden, str activation, bool has_bias1, bool has_bias2, bool needs_grad_input, bool needs_grad_weights)"
+      " -> (Tensor grad_input, Tensor grad_weight1, Tensor grad_bias1, Tensor grad_weight_gate, Tensor grad_weight2,"
+      " Tensor grad_bias2)");
+
+  // Cross-entropy of logits = input weight^T + bias, which are never all in memory. input [N, C], weight [V, C],
+  // bias [V], target [N] int64 (ignore_index: no loss). Without row_weight, loss [N]; with it ([N] float32), the scalar
+  // sum of row_weight * loss, and with save_grads its gradients by input, weight and bias from the same pass.
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? row_weight,"
+      " int ignore_index, float label_smoothing, bool save_grads)"
+      " -> (Tensor loss, Tensor lse, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // grad_losses [N] float32: the gradient by each row's own loss.
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_losses, Tensor input, Tensor weight, Tensor? bias, Tensor target,"
+      " Tensor lse, int ignore_index, float label_smoothing)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // query [B, H, S, D], key [B, G, S, D]; cos, sin [S, R] or [B, S, R], 2R <= D. Feature pairs (i, i + R), or
+  // (2i, 2i + 1) when interleaved, are turned by the angle; features from 2R on pass through.
+  // Results keep the layout rule of attention: memory [B, S, heads, D].
+  m.def(
+      "rotary_forward(Tensor query, Tensor key, Tensor cos, Tensor sin, bool interleaved)"
+      " -> (Tensor query_out, Tensor key_out)");
+  // Turns back: the same rotation by the negative angle.
+  m.def(
+      "rotary_backward(Tensor grad_query, Tensor grad_key, Tensor cos, Tensor sin, bool interleaved)"
+      " -> (Tensor grad_query_in, Tensor grad_key_in)");
+
+  // The instruction-set level the CPU kernels run at.
+  m.def("cpu_isa() -> str");
+}
+
+namespace {
+std::string cpu_isa() { return fastformer::level_name(fastformer::cpu_level()); }
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -1,0 +1,38 @@
+"""Loads the compiled kernels, or, where there are none, registers the same schemas from Python."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_CPU_LIBRARY = _FOLDER / "lib" / "libfastformer_cpu.so"
+_DEFINITIONS = torch.library.Library("fastformer", "FRAGMENT")
+
+
+def load() -> bool:
+    """Make ``torch.ops.fastformer`` known; True if the C++ kernels for the CPU are there.
+
+    Raises RuntimeError if FASTFORMER_CPU_ISA names no instruction-set level or one that this processor lacks.
+    """
+    if _CPU_LIBRARY.exists():
+        torch.ops.load_library(_CPU_LIBRARY)
+        torch.ops.fastformer.cpu_isa()
+        return True
+    for schema in schemas():
+        _DEFINITIONS.define(schema)
+    return False
+
+
+def schemas() -> list[str]:
+    """The operator schemas in csrc/ops.cpp: the string literals inside each ``m.def( )``, joined."""
+    source = (_FOLDER / "ops.cpp").read_text()
+    definitions = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)
+    return ["".join(re.findall(r'"([^"]*)"', literals)) for literals in definitions]
+
+
+def operator_names() -> list[str]:
+    """The operators' names, those with kernels: all but ``cpu_isa``."""
+    return [schema.split("(")[0] for schema in schemas() if not schema.startswith("cpu_isa")]

@@ -1,0 +1,1 @@
+"""The operations: where a forward kernel meets its backward. Importing this registers all of them with torch."""
