@@ -1,12 +1,15 @@
 """The error rule that tests and benchmarks share.
 
 A kernel's answer may be at most ``factor`` times as far from the float64 reference as PyTorch's own answer in the same
-dtype, plus two units in the last place of the row's largest value::
+dtype, plus two units in the last place::
 
-    max|ours - ref| <= factor * max|torch - ref| + 2 ulp(max|ref|)        for each row
+    max|ours - ref| of each row  <=  factor * max|torch - ref|  +  2 ulp(max|ref| of the row)
+    rms(ours - ref)              <=  factor * rms(torch - ref)  +  2 ulp(rms(ref))
 
-A row is the last dimension, or as many of the last dimensions as hold 16 elements: the largest of a handful of torch's
-errors would be luck.
+A row is the last dimension; torch's errors are taken over the whole tensor. Row by row they would be a matter of luck:
+torch's flash attention fails such a rule against torch's eager attention in 37 of 160 tensors (float32, bfloat16, five
+shapes, outputs and gradients), and the eager one against the flash one in 22, since somewhere among a thousand rows the
+rounding errors of one cancel. The second line is what a kernel that rounds more than torch throughout can't meet.
 """
 
 from __future__ import annotations
@@ -18,21 +21,28 @@ from torch import Tensor
 
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-MIN_ROW_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of one comparison; ``error`` and ``allowed`` are those of the worst row (largest error over allowed)."""
+    """Outcome of one comparison.
+
+    ``error`` and ``allowed`` are those of the worst row (largest error over allowed); ``rms`` and ``rms_allowed`` those
+    of the whole tensor.
+    """
 
     ok: bool
     error: float
     allowed: float
-    peer_error: float
     row: int
+    rms: float
+    rms_allowed: float
 
     def __str__(self) -> str:
-        return f"error {self.error:.3e}, allowed {self.allowed:.3e} (torch's {self.peer_error:.3e}) in row {self.row}"
+        return (
+            f"error {self.error:.3e}, allowed {self.allowed:.3e}, in row {self.row};"
+            f" rms {self.rms:.3e}, allowed {self.rms_allowed:.3e}"
+        )
 
 
 def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,29 +59,26 @@ def judge(ours: Tensor, torchs: Tensor, reference: Tensor, *, factor: float = FO
             f"ours, torchs, reference: shapes {ours.shape}, {torchs.shape}, {reference.shape} must be equal"
         )
     if ours.numel() == 0:
-        return Verdict(True, 0.0, 0.0, 0.0, 0)
-    width = _row_elements(ours.shape)
+        return Verdict(True, 0.0, 0.0, 0, 0.0, 0.0)
+    width = ours.shape[-1] if ours.dim() else 1
     mine, peer, exact = (x.detach().double().cpu().reshape(-1, width) for x in (ours, torchs, reference))
     finite = torch.isfinite(exact)
     agree = torch.where(finite, torch.isfinite(mine), (mine == exact) | (mine.isnan() & exact.isnan()))
-    distance = torch.where(finite, (mine - exact).abs(), 0.0).nan_to_num(nan=torch.inf).amax(-1)
-    distance = torch.where(agree.all(-1), distance, torch.inf)
-    peer_distance = torch.where(finite, (peer - exact).abs(), 0.0).nan_to_num(nan=0.0, posinf=0.0).amax(-1)
-    allowed = factor * peer_distance + 2 * ulp(torch.where(finite, exact.abs(), 0.0).amax(-1), ours.dtype)
-    worst = int((distance / allowed).argmax())
+    exact = torch.where(finite, exact, 0.0)
+    distance = torch.where(agree, torch.where(finite, mine - exact, 0.0).abs(), torch.inf)
+    # Where torch overflows, or gives NaN for a row without a visible key, it sets no measure.
+    peer_distance = torch.where(finite, peer - exact, 0.0).abs().nan_to_num(nan=0.0, posinf=0.0)
+
+    errors = distance.amax(-1)
+    allowed = factor * peer_distance.max() + 2 * ulp(exact.abs().amax(-1), ours.dtype)
+    rms, peer_rms, exact_rms = (x.square().mean().sqrt() for x in (distance, peer_distance, exact))
+    rms_allowed = factor * peer_rms + 2 * ulp(exact_rms, ours.dtype)
+    worst = int((errors / allowed).argmax())
     return Verdict(
-        bool((distance <= allowed).all()),
-        float(distance[worst]),
-        float(allowed[worst]),
-        float(peer_distance[worst]),
-        worst,
+        ok=bool((errors <= allowed).all() and rms <= rms_allowed),
+        error=float(errors[worst]),
+        allowed=float(allowed[worst]),
+        row=worst,
+        rms=float(rms),
+        rms_allowed=float(rms_allowed),
     )
-
-
-def _row_elements(shape: torch.Size) -> int:
-    width = 1
-    for size in reversed(shape):
-        width *= size
-        if width >= MIN_ROW_ELEMENTS:
-            break
-    return width

@@ -23,15 +23,15 @@ CPU_LIBRARY = library.load()
 TRITON = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-_ZEN4 = "fastformer bench, 2-core Zen 4 (AVX512-BF16), torch 2.13.0"
+_ZEN5 = "fastformer bench, 2-core Zen 5 (AVX512-BF16), torch 2.13.0"
 #: (operation, device type) -> (kernel that auto takes, its evidence).
 EVIDENCE: dict[tuple[str, str], tuple[str, str]] = {
-    ("softmax", "cpu"): ("cpu", _ZEN4),
-    ("layer_norm", "cpu"): ("cpu", _ZEN4),
-    ("attention", "cpu"): ("cpu", _ZEN4),
-    ("feed_forward", "cpu"): ("cpu", _ZEN4),
-    ("linear_cross_entropy", "cpu"): ("cpu", _ZEN4),
-    ("rotary", "cpu"): ("cpu", _ZEN4),
+    ("softmax", "cpu"): ("cpu", _ZEN5),
+    ("layer_norm", "cpu"): ("cpu", _ZEN5),
+    ("attention", "cpu"): ("cpu", _ZEN5),
+    ("feed_forward", "cpu"): ("cpu", _ZEN5),
+    ("linear_cross_entropy", "cpu"): ("cpu", _ZEN5),
+    ("rotary", "cpu"): ("cpu", _ZEN5),
 }
 
 

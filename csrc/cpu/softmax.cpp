@@ -1,32 +1,9 @@
 #include "kernels/softmax.h"
 
-#include "common.h"
+#include "mask.h"
 
 namespace fastformer {
 namespace {
-
-// A mask of at most four dimensions, as strides over (outer, head, row, column); 0 where it broadcasts.
-struct BroadcastMask {
-  MaskKind kind = MaskKind::none;
-  DType dtype = DType::float32;
-  const void* data = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};
-};
-
-BroadcastMask broadcast_mask(const std::optional<Tensor>& mask, const int64_t (&sizes)[4]) {
-  BroadcastMask result;
-  if (!mask.has_value()) return result;
-  const bool boolean = mask->scalar_type() == ScalarType::Bool;
-  result.kind = boolean ? MaskKind::boolean : MaskKind::additive;
-  if (!boolean) result.dtype = dtype_of(*mask, "mask");
-  result.data = pointer(*mask);
-  for (int64_t i = 0; i < mask->dim(); ++i) {
-    const int64_t to = 4 - mask->dim() + i, size = mask->size(i);
-    STD_TORCH_CHECK(size == sizes[to] || size == 1, "mask must broadcast to input");
-    result.strides[to] = size == 1 ? 0 : mask->stride(i);
-  }
-  return result;
-}
 
 Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, double scale, bool is_causal) {
   const int64_t dims = input.dim();

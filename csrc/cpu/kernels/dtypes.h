@@ -1,4 +1,4 @@
-// The element types the kernels read and write; arithmetic is in float.
+// The element types the kernels read and write (arithmetic is in float), and the kinds of masks.
 #pragma once
 
 #include <stdint.h>
@@ -7,6 +7,9 @@
 namespace fastformer {
 
 enum class DType { float32, bfloat16, float16 };
+
+// boolean: True keeps; additive: of its own DType.
+enum class MaskKind { none, boolean, additive };
 
 struct BFloat16 {
   uint16_t bits;

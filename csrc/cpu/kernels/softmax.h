@@ -6,8 +6,6 @@
 
 namespace fastformer {
 
-enum class MaskKind { none, boolean, additive };
-
 // Rows are indexed (outer, head, row), of sizes (.., heads, rows); the mask's strides broadcast it to that.
 struct SoftmaxForward {
   const void* input;  // [outer * heads * rows, cols]

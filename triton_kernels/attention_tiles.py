@@ -1,0 +1,249 @@
+"""What the attention kernels, forward and backward, share: tile sizes, loads, stores and masks.
+
+Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Sq and Sk lengths, D head_dim, Dv value width.
+A program works on one (batch, head) and on tiles of BLOCK_Q queries by BLOCK_K keys; D and Dv are padded to powers of
+two, BLOCK_D and BLOCK_DV.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut and launched."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Tiles(NamedTuple):
+    """The three kernels' tiles; what is loaded and reused by the loop is pipelined over num_stages."""
+
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+
+
+# (architecture, head width at most, bytes an element, masked) -> tiles. The budget: no register spills (255 registers
+# a thread), and shared memory within 99 KB on "sm_80", so that sm_86, sm_89 and sm_120 run it too, and 227 KB on
+# "sm_90". At 8 warps a [128, 128] float32 accumulator takes 64 registers a thread; forward holds one of output's width
+# and the scores, dkdv two of head width, the scores and their gradients. A mask adds a tile of its own to registers
+# and, pipelined, to shared memory, hence the smaller blocks. float32 products run on the plain cores, which read
+# both operands into registers.
+TILES: dict[tuple[str, int, int, bool], Tiles] = {
+    ("sm_80", 64, 2, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+    ("sm_80", 128, 2, False): Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", 128, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_80", 256, 2, False): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ("sm_80", 256, 2, True): Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_80", 64, 4, False): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", 64, 4, True): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 4, 2)),
+    ("sm_80", 128, 4, False): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", 128, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", 256, 4, False): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    ("sm_80", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 64, 2, False): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 128, 2, False): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 128, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, False): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_90", 64, 4, False): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    ("sm_90", 64, 4, True): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 4, 2)),
+    ("sm_90", 128, 4, False): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", 128, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", 256, 4, False): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+}
+
+
+def padded_width(width: int) -> int:
+    """The power of two that a tile's rows are padded to; tl.dot wants 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, masked: bool) -> Tiles:
+    """The row of the table for heads as wide as the wider of query and value."""
+    width = max(64, padded_width(head_dim), padded_width(value_dim))
+    return TILES[architecture, width, itemsize, masked]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's class of a device: sm_90 has TMA, wgmma and 227 KB of shared memory; sm_80 is the rest."""
+    if device.type != "cuda" or torch.version.hip:
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(device)
+    return "sm_90" if properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024 else "sm_80"
+
+
+def use_descriptors(*tensors: Tensor) -> bool:
+    """Whether tiles of these tensors should be loaded through tensor descriptors (TMA).
+
+    TMA wants the base and every stride but the last 16-byte aligned. float32 products use no tensor cores, so
+    that loads are not what they wait for.
+    """
+    return architecture(tensors[0].device) == "sm_90" and all(
+        x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def describe(tensor: Tensor, block_rows: int) -> TensorDescriptor:
+    """A descriptor of [B, heads, S, width] whose tiles are block_rows rows of one head."""
+    return TensorDescriptor.from_tensor(tensor, [1, 1, block_rows, padded_width(tensor.shape[-1])])
+
+
+def launch_options(tile: Tile) -> dict[str, int]:
+    """The tile as the keyword arguments of a kernel."""
+    return {
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_K": tile.block_k,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """The kernels step through the last dimension with stride 1; the others are free."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def empty_heads(batch: int, heads: int, seqlen: int, width: int, like: Tensor) -> Tensor:
+    """[B, heads, S, width] that lies in memory as [B, S, heads, width], so that merging the heads copies nothing."""
+    return like.new_empty(batch, seqlen, heads, width).transpose(1, 2)
+
+
+def mask_arguments(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, list[int], str]:
+    """(mask, its strides over [B, H, Sq, Sk] with 0 where it broadcasts, its kind: none, bool or additive)."""
+    if mask is None:
+        return None, [0, 0, 0, 0], "none"
+    kind = "bool" if mask.dtype == torch.bool else "additive"
+    expanded = mask.expand(shape)
+    return expanded.view(torch.uint8) if kind == "bool" else expanded, list(expanded.stride()), kind
+
+
+@triton.jit
+def load_rows(
+    source,  # [B, heads, S, WIDTH]: a pointer, or a descriptor of [1, 1, BLOCK_S, BLOCK_W] tiles
+    strides,  # of batch, head and row
+    batch,
+    head,
+    start,
+    seqlen,
+    WIDTH: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """[BLOCK_S, BLOCK_W]: the rows from start on of one head, 0 beyond seqlen and WIDTH."""
+    if DESCRIPTORS:
+        tile = source.load([batch, head, start, 0]).reshape(BLOCK_S, BLOCK_W)
+    else:
+        rows = tl.arange(0, BLOCK_S)[:, None]
+        columns = tl.arange(0, BLOCK_W)[None, :]
+        first = source + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+        pointers = first + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + columns
+        tile = tl.load(pointers, mask=(start + rows < seqlen) & (columns < WIDTH), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(
+    target,  # [B, heads, S, WIDTH]
+    strides,  # of batch, head and row
+    tile,  # [BLOCK_S, BLOCK_W]
+    batch,
+    head,
+    start,
+    seqlen,
+    WIDTH: tl.constexpr,
+):
+    """Stores the part of tile that lies within seqlen and WIDTH as the rows from start on of one head."""
+    rows = tl.arange(0, tile.shape[0])[:, None]
+    columns = tl.arange(0, tile.shape[1])[None, :]
+    first = target + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+    pointers = first + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + columns
+    inside = (start + rows < seqlen) & (columns < WIDTH)
+    tl.store(pointers, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mask_scores(
+    scores,  # float32 [BLOCK_Q, BLOCK_K], a tile of scale * query key^T; the other way round if TRANSPOSED
+    first_query,
+    first_key,
+    mask,  # of this batch and head, broadcasting to [Sq, Sk] by its strides; uint8 (0: masked) or added
+    mask_strides,  # of query and key
+    seqlen_q,
+    seqlen_k,
+    causal_offset,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """The scores with the mask applied, and at an EDGE (the last keys or the causal diagonal) -inf beyond it."""
+    if TRANSPOSED:
+        row = tl.arange(0, scores.shape[1])[None, :]
+        column = tl.arange(0, scores.shape[0])[:, None]
+    else:
+        row = tl.arange(0, scores.shape[0])[:, None]
+        column = tl.arange(0, scores.shape[1])[None, :]
+    queries = first_query + row
+    keys = first_key + column
+    if MASK != "none":
+        corner = (
+            mask + tl.cast(first_query, tl.int64) * mask_strides[0] + tl.cast(first_key, tl.int64) * mask_strides[1]
+        )
+        pointers = corner + (row * mask_strides[0] + column * mask_strides[1])
+        inside = queries < seqlen_q
+        if EDGE or TRANSPOSED:
+            inside &= keys < seqlen_k
+        tile = tl.load(pointers, mask=inside, other=0)
+        if MASK == "bool":
+            scores = tl.where(tile != 0, scores, float("-inf"))
+        else:
+            scores += tile.to(tl.float32)
+    if EDGE:
+        visible = keys < seqlen_k
+        if IS_CAUSAL:
+            visible &= keys <= queries + causal_offset
+        scores = tl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def visible_keys(
+    first_query,
+    seqlen_q,
+    seqlen_k,
+    causal_offset,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+):
+    """(full, end): tiles of keys below full are seen by all BLOCK_Q queries, keys from end on by none of them."""
+    full = seqlen_k // BLOCK_K * BLOCK_K
+    end = seqlen_k
+    if IS_CAUSAL:
+        last_query = tl.minimum(first_query + BLOCK_Q, seqlen_q) - 1
+        full = tl.minimum(full, tl.maximum(first_query + causal_offset + 1, 0) // BLOCK_K * BLOCK_K)
+        end = tl.minimum(end, tl.maximum(last_query + causal_offset + 1, 0))
+    return full, end
