@@ -1,0 +1,78 @@
+#include "kernels/rotary.h"
+
+#include <tuple>
+
+#include "common.h"
+
+namespace fastformer {
+namespace {
+
+// [batch, heads, seqlen, head_dim], in memory [batch, seqlen, heads, head_dim].
+Tensor empty_heads(const Tensor& like) {
+  const int64_t sizes[] = {like.size(0), like.size(1), like.size(2), like.size(3)};
+  const Tensor memory = empty_like_sizes(like, {sizes[0], sizes[2], sizes[1], sizes[3]}, like.scalar_type());
+  return torch::stable::transpose(memory, 1, 2);
+}
+
+RotaryTensor describe(const Tensor& input, const Tensor& output) {
+  return {pointer(input), mutable_pointer(output), input.size(1), {input.stride(0), input.stride(1), input.stride(2)}};
+}
+
+Tensor with_adjacent_features(const Tensor& tensor) {
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                  bool interleaved, bool inverse) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query and key must have four dimensions");
+  const int64_t B = query.size(0), S = query.size(2), D = query.size(3);
+  STD_TORCH_CHECK(key.size(0) == B && key.size(2) == S && key.size(3) == D,
+                  "key must have the batch, length and head_dim of query");
+  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type(), "key must have the dtype of query");
+  STD_TORCH_CHECK(cos.dim() == 2 || cos.dim() == 3, "cos must be [S, R] or [B, S, R]");
+  STD_TORCH_CHECK(same_sizes(cos, sin), "sin must have the shape of cos");
+  const int64_t R = cos.size(cos.dim() - 1);
+  STD_TORCH_CHECK(cos.size(cos.dim() - 2) == S && (cos.dim() == 2 || cos.size(0) == B), "cos must be [", S, ", R] or [",
+                  B, ", ", S, ", R]");
+  STD_TORCH_CHECK(2 * R <= D, "cos may have at most half of head_dim, ", D / 2, " columns, not ", R);
+  const Tensor c = as_float(cos), s = as_float(sin);
+  const Tensor q = with_adjacent_features(query), k = with_adjacent_features(key);
+  const Tensor query_out = empty_heads(query), key_out = empty_heads(key);
+  const RotaryArgs args{
+      .tensors = {describe(q, query_out), describe(k, key_out)},
+      .cos = pointer<float>(c),
+      .sin = pointer<float>(s),
+      .angle_batch_stride = cos.dim() == 3 ? S * R : 0,
+      .dtype = dtype_of(query, "query"),
+      .seqlen = S,
+      .head_dim = D,
+      .width = R,
+      .interleaved = interleaved,
+      .inverse = inverse,
+  };
+  const RotaryKernels& kernels = rotary_kernels();
+  const int64_t bytes_per_position = (query.size(1) + key.size(1)) * D * 4;
+  torch::stable::parallel_for(0, B * S, row_grain(bytes_per_position), [&](int64_t begin, int64_t end) {
+    const Scratch angles(4 * R * sizeof(float));
+    kernels.rotate(args, begin, end, angles.as<float>());
+  });
+  return {query_out, key_out};
+}
+
+std::tuple<Tensor, Tensor> rotary_forward(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                          bool interleaved) {
+  return rotate(query, key, cos, sin, interleaved, false);
+}
+
+std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad_query, const Tensor& grad_key, const Tensor& cos,
+                                           const Tensor& sin, bool interleaved) {
+  return rotate(grad_query, grad_key, cos, sin, interleaved, true);
+}
+
+}  // namespace
+}  // namespace fastformer
+
+STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
+  m.impl("rotary_forward", TORCH_BOX(&fastformer::rotary_forward));
+  m.impl("rotary_backward", TORCH_BOX(&fastformer::rotary_backward));
+}
