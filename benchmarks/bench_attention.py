@@ -1,0 +1,108 @@
+"""scaled_dot_product_attention: causal training at the sizes of small GPTs, and one new token over a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastformer import functional, reference
+
+from .harness import FORWARD, TRAINING, Case, Function, Work
+
+TRAINING_SHAPES = {  # (batch, heads, length, head_dim), causal
+    "cpu": [(4, 6, 256, 64), (1, 12, 1024, 64)],
+    "cuda": [(8, 12, 1024, 64), (2, 16, 4096, 128)],
+}
+DECODING_SHAPES = {"cpu": [(1, 12, 4096, 64)], "cuda": [(64, 32, 8192, 128)]}  # one query over this many keys
+
+
+def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """The cases of this operation on a kind of device."""
+    for index, (batch, heads, length, head_dim) in enumerate(TRAINING_SHAPES[device.type]):
+        yield Case(
+            operation="attention",
+            shape=f"{batch}x{heads}x{length}x{head_dim} causal",
+            dtype=dtype,
+            inputs=partial(_inputs, batch, heads, length, length, head_dim, device, dtype),
+            ours=partial(functional.scaled_dot_product_attention, is_causal=True),
+            reference=partial(_reference, is_causal=True),
+            peers=_peers(device, is_causal=True),
+            work=_training_work(batch, heads, length, head_dim, dtype),
+            judged_by="fused",
+            compiled="eager" if index == 0 else None,
+        )
+    for batch, heads, length, head_dim in DECODING_SHAPES[device.type]:
+        yield Case(
+            operation="attention",
+            shape=f"{batch}x{heads}x1x{head_dim}, {length} keys",
+            dtype=dtype,
+            inputs=partial(_inputs, batch, heads, 1, length, head_dim, device, dtype),
+            ours=functional.scaled_dot_product_attention,
+            reference=partial(_reference, is_causal=False),
+            peers=_peers(device, is_causal=False),
+            work=_decoding_work(batch, heads, length, head_dim, dtype),
+            judged_by="fused",
+        )
+
+
+def _inputs(
+    batch: int, heads: int, seqlen_q: int, seqlen_k: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    lengths = {"query": seqlen_q, "key": seqlen_k, "value": seqlen_k}
+    return {
+        name: torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for name, length in lengths.items()
+    }
+
+
+def _reference(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    return reference.attention(query, key, value, is_causal=is_causal)[0]
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return torch_functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+def _peers(device: torch.device, *, is_causal: bool) -> dict[str, Function]:
+    """The eager composition, what torch's SDPA picks itself and, on a GPU, each of its fused kernels."""
+    peers: dict[str, Function] = {
+        "eager": partial(_eager, is_causal=is_causal),
+        "fused": partial(torch_functional.scaled_dot_product_attention, is_causal=is_causal),
+    }
+    if device.type == "cuda":
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            peers[f"fused: {backend.name.lower()}"] = partial(_sdpa, is_causal=is_causal, backend=backend)
+    return peers
+
+
+def _training_work(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:
+    tensor = batch * heads * length * head_dim * dtype.itemsize
+    # two products of length x length x head_dim (scores, output), 2 FLOPs a term, half of it masked
+    flops = 2 * 2 * batch * heads * length * length * head_dim // 2
+    return {
+        # query, key, value read, output written
+        FORWARD: Work(bytes=4 * tensor, flops=flops),
+        # and five products instead of two (scores again, grad_value, the weights' gradient, grad_query, grad_key);
+        # query, key, value, output, grad_output read, three gradients written
+        TRAINING: Work(bytes=12 * tensor, flops=flops * 7 // 2),
+    }
+
+
+def _decoding_work(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:
+    # key and value read; query and output are one row each
+    cache = 2 * batch * heads * length * head_dim * dtype.itemsize
+    return {FORWARD: Work(bytes=cache, flops=2 * 2 * batch * heads * length * head_dim)}

@@ -1,0 +1,140 @@
+"""``fastformer bench``: every operation and a whole GPT, checked, timed beside torch, shown in one table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+import fastformer
+
+from . import machine, report
+from .harness import Case, Pace, Row, run_case, timer_for
+
+OPERATIONS = ("softmax", "layer_norm", "attention", "feed_forward", "linear_cross_entropy", "rotary")
+END_TO_END = "gpt"
+PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of device, whatever `auto` would choose
+# Seconds that the progress bar expects of each part until it has seen how fast the machine is.
+LIMITS_SECONDS = 3.0
+CASE_SECONDS = {False: 2.0, True: 5.0}  # without, with torch.compile
+END_TO_END_SECONDS = 60.0
+QUICK_SECONDS = 230.0
+BAR = "{desc:<50.50} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
+
+
+def main(argv: list[str]) -> int:
+    """Runs the benchmarks. Exit status: 0, 1 if one of our kernels got no time, 130 if interrupted.
+
+    Raises:
+        ImportError: a package that the benchmarks need is missing.
+        OSError: the results can't be written there.
+        ValueError: the device is not there.
+    """
+    options = _parse(argv)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{', '.join(missing)} not installed: pip install fastformer[bench]")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda is not available")
+    picture, data = options.out / "benchmark.png", options.json or options.out / "benchmark.json"
+    for path in (picture, data):  # a folder that can't be made is better known now than in four minutes
+        path.parent.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(machine.available_threads())
+    try:
+        results = _run(options)
+    finally:
+        torch.set_num_threads(threads)
+    report.write_json(results, data)
+    report.write_picture(results, picture)
+    print(report.format_environment(results))
+    if results["rows"]:
+        print(f"\n{report.format_table(results)}")
+    if results["end_to_end"]:
+        print(f"\n{report.format_end_to_end(results['end_to_end'])}")
+    print(f"\nwritten: {data}, {picture}")
+    if results["interrupted"]:
+        print("interrupted: this is what there was", file=sys.stderr)
+        return 130
+    return int(report.failed(results))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fastformer bench",
+        description="Checks every operation against a float64 reference, times it beside torch's, trains a GPT.",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="at most 4 minutes on 2 cores (the default)")
+    length.add_argument("--thorough", action="store_true", help="ten times as many samples, no time limit")
+    names = (*OPERATIONS, END_TO_END)
+    metavar = f"OP ({', '.join(names)})"
+    parser.add_argument("--only", action="append", choices=names, metavar="OP", help=f"run this {metavar}; repeatable")
+    parser.add_argument("--skip", action="append", choices=names, metavar="OP", default=[], help="leave this out")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); the GPT is float32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=BACKENDS, default=device, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("benchmark-results"), help="(%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes (DIR/benchmark.json)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser.parse_args(argv)
+
+
+def _run(options: argparse.Namespace) -> report.Results:
+    """Everything that was asked for; an interruption keeps what there is."""
+    from tqdm import tqdm
+
+    device, backend = torch.device(options.device), BACKENDS[options.device]
+    torch.manual_seed(0)
+    compiles = not options.no_compile
+    if options.thorough:
+        pace = Pace(compile=compiles, row_seconds=5.0, min_rounds=10, max_rounds=1000)
+    else:
+        pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS)
+    everything = (*OPERATIONS, END_TO_END)
+    wanted = [name for name in options.only or everything if name not in options.skip]
+    dtypes = [DTYPES[options.dtype]] if options.dtype else list(DTYPES.values())
+    cases = [case for name in OPERATIONS if name in wanted for case in _cases(name, device, dtypes)]
+    expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
+    total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
+
+    environment = machine.environment(device)
+    timer, rng = timer_for(device), random.Random(0)
+    rows: list[Row] = []
+    comparison, interrupted = None, False
+    with tqdm(total=total, smoothing=0, bar_format=BAR, file=sys.stderr) as bar:
+        bar.set_description_str("what the machine can do")
+        limits = machine.measure_limits(device, timer)
+        bar.update(LIMITS_SECONDS)
+        try:
+            for case, seconds in zip(cases, expected):
+                bar.set_description_str(str(case))
+                with fastformer.backend(backend):
+                    for row in run_case(case, backend, timer, limits, pace, rng):
+                        rows.append(row)
+                bar.update(seconds)
+            if END_TO_END in wanted:
+                from .bench_gpt import STEPS, Comparison
+
+                bar.set_description_str("a GPT trained by torch and by fastformer")
+                with Comparison(device, backend) as comparison:
+                    comparison.run(on_step=lambda: bar.update(END_TO_END_SECONDS / STEPS))
+        except KeyboardInterrupt:
+            interrupted = True
+    end_to_end = comparison.results() if comparison else None
+    return report.collect(environment, limits, rows, end_to_end, interrupted=interrupted)
+
+
+def _cases(operation: str, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Case]:
+    """An operation's cases, the dtypes of one shape side by side."""
+    module = import_module(f".bench_{operation}", __package__)
+    for same_shape in zip(*(module.cases(device, dtype) for dtype in dtypes)):
+        yield from same_shape
