@@ -1,0 +1,38 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter; that must be asked for before Triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("test", max_examples=20, deadline=None, derandomize=True)
+settings.register_profile("fuzz", max_examples=1000, deadline=None)
+settings.load_profile(os.environ.get("FASTFORMER_HYPOTHESIS_PROFILE", "test"))
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names without addresses and in a fixed order: pytest-xdist wants the same in each of its processes."""
+    nameable = isinstance(val, dict | set | frozenset | list | tuple | torch.Tensor) or callable(val)
+    return _name(val) if nameable else None
+
+
+def _name(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"Tensor{tuple(value.shape)}"
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_name(item)}" for key, item in value.items()) or "default"
+    if isinstance(value, set | frozenset):
+        return "{" + ",".join(sorted(_name(item) for item in value)) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(_name(item) for item in value) + ")"
+    return getattr(value, "__name__", str(value)) if callable(value) else str(value)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,193 @@
+"""fastformer.accelerate: which layers become ours, and that all else about the model stays."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastformer
+from fastformer import nn
+from fastformer.accelerate import FASTER
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+E, H = 20, 4
+
+
+class MyNorm(torch.nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+class Model(torch.nn.Module):
+    """An encoder-decoder with a shared norm, tied weights, a list outside the module tree and a subclassed layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, E)
+        self.encoder = torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(E, H, 24, dropout=0.0, batch_first=True), 2
+        )
+        self.decoder = torch.nn.TransformerDecoderLayer(E, H, 24, dropout=0.0, batch_first=True)
+        self.norm = torch.nn.LayerNorm(E)
+        self.heads = torch.nn.ModuleDict({"norm": self.norm, "mine": MyNorm(E), "rms": torch.nn.RMSNorm(E)})
+        self.probabilities = torch.nn.Softmax(dim=-1)
+        self.unembedding = torch.nn.Linear(E, 50, bias=False)
+        self.unembedding.weight = self.embedding.weight
+        self.unregistered = [self.norm]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.embedding(tokens))
+        padding = torch.zeros_like(tokens, dtype=torch.bool)
+        padding[0, -2:] = True
+        x = self.decoder(x, self.encoder(x, src_key_padding_mask=padding), memory_key_padding_mask=padding)
+        for head in (*self.heads.values(), *self.unregistered):
+            x = head(x)
+        return self.probabilities(self.unembedding(x))
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def kinds(model: torch.nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_same_model(model: Model, training: bool) -> None:
+    model.train(training)
+    model.decoder.norm3.eval()
+    model.heads["rms"].requires_grad_(False)
+    original = copy.deepcopy(model)
+    modules, parameters, state = dict(model.named_modules()), dict(model.named_parameters()), model.state_dict()
+    report = fastformer.accelerate(model)
+
+    swapped = {layer.name for layer in report.swapped}
+    assert swapped == {
+        *(f"encoder.layers.{i}{part}" for i in (0, 1) for part in ("", ".self_attn", ".norm1", ".norm2")),
+        *(f"decoder.{part}" for part in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3")),
+        "norm",
+        "heads.rms",
+        "probabilities",
+    }
+    for name, kind in kinds(original).items():
+        assert kinds(model)[name] is (FASTER[kind] if name in swapped or name == "heads.norm" else kind), name
+    for (name, module), before in zip(model.named_modules(), original.modules(), strict=True):
+        assert module is modules[name] and module.training == before.training
+    for (name, parameter), before in zip(model.named_parameters(), original.parameters(), strict=True):
+        assert parameter is parameters[name] and parameter.requires_grad == before.requires_grad
+    assert list(model.state_dict()) == list(state)
+    assert model.unembedding.weight is model.embedding.weight
+    assert model.heads["norm"] is model.norm is model.unregistered[0]
+
+    torch.testing.assert_close(model(TOKENS), original(TOKENS), rtol=2e-5, atol=2e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS), original(TOKENS), rtol=2e-5, atol=2e-5)
+    for each in (model, original):
+        each(TOKENS)[..., 0].log().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), original.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_report(model: Model) -> None:
+    model.decoder.norm1.forward = model.decoder.norm1.forward
+    before = kinds(model)
+    planned = fastformer.accelerate(model, dry_run=True)
+    assert kinds(model) == before
+    report = fastformer.accelerate(model)
+    assert report.swapped == planned.swapped and report.left == planned.left
+    assert "15 layers would be swapped" in str(planned)
+    text = str(report)
+    assert "15 layers swapped" in text and "now fastformer.nn.TransformerEncoderLayer" in text
+    assert "encoder.layers.0, encoder.layers.1" in text
+    reasons = {layer.name: layer.reason for layer in report.left}
+    assert reasons["heads.mine"] == "a subclass of torch.nn.LayerNorm"
+    assert reasons["decoder.norm1"] == "its forward was replaced"
+    assert reasons["embedding"] == "fastformer has no such layer"
+    again = fastformer.accelerate(model)
+    assert not again.swapped
+    assert {layer.name: layer.reason for layer in again.left}["norm"] == "is fastformer's already"
+
+
+@pytest.mark.parametrize(
+    ("options", "swapped"),
+    [
+        ({"only": "decoder"}, {f"decoder.{x}" for x in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3")}),
+        ({"only": ["decoder.norm1", torch.nn.Softmax]}, {"decoder.norm1", "probabilities"}),
+        ({"only": torch.nn.LayerNorm, "skip": ["encoder", "decoder"]}, {"norm"}),
+        ({"skip": torch.nn.Module}, set()),
+        ({"skip": [torch.nn.TransformerEncoderLayer, "decoder", "heads"]}, {"probabilities"}),
+    ],
+)
+def test_only_and_skip(model: Model, options: dict[str, Any], swapped: set[str]) -> None:
+    report = fastformer.accelerate(model, **options)
+    assert {layer.name for layer in report.swapped} == swapped
+    assert {name for name, kind in kinds(model).items() if kind in FASTER.values()} - {"heads.norm"} == swapped
+    assert {layer.reason for layer in report.left} & {"in skip", "not in only"}
+
+
+def test_hooks_stay(model: Model) -> None:
+    fired: list[str] = []
+    handles = [
+        model.norm.register_forward_pre_hook(lambda *_: fired.append("before")),
+        model.norm.register_forward_hook(lambda *_, **__: fired.append("after"), with_kwargs=True),
+        model.norm.register_full_backward_hook(lambda *_: fired.append("backward")),
+        model.norm.register_state_dict_post_hook(lambda *_: fired.append("state")),
+    ]
+    fastformer.accelerate(model)
+    model(TOKENS).sum().backward()
+    assert fired == ["before", "after"] * 3 + ["backward"] * 3
+    model.state_dict()
+    assert "state" in fired
+    for handle in handles:
+        handle.remove()
+    fired.clear()
+    model(TOKENS)
+    model.state_dict()
+    assert not fired
+
+
+def test_the_model_may_be_a_layer() -> None:
+    layer = torch.nn.LayerNorm(E)
+    report = fastformer.accelerate(layer)
+    assert type(layer) is nn.LayerNorm
+    assert "the model itself" in str(report)
+
+
+def test_dtype_and_meta() -> None:
+    model = torch.nn.Sequential(torch.nn.LayerNorm(E, dtype=torch.bfloat16), torch.nn.RMSNorm(E, device="meta"))
+    fastformer.accelerate(model)
+    assert model[0].weight.dtype == torch.bfloat16 and model[1].weight.is_meta
+
+
+def test_torch_and_other_models_stay(model: Model) -> None:
+    before = {cls: dict(vars(cls)) for cls in FASTER}
+    other = copy.deepcopy(model)
+    fastformer.accelerate(model)
+    assert all(dict(vars(cls)) == names for cls, names in before.items())
+    assert not set(kinds(other).values()) & set(FASTER.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda model: fastformer.accelerate(model.state_dict()), TypeError, "model is a OrderedDict"),
+        (lambda model: fastformer.accelerate(model, only="nrom"), ValueError, "only has 'nrom'"),
+        (lambda model: fastformer.accelerate(model, skip=["norm", 3]), TypeError, "skip has 3"),
+        (lambda model: fastformer.accelerate(model, skip=int), TypeError, "skip has <class 'int'>"),
+    ],
+)
+def test_errors(model: Model, call: Callable[[Model], None], error: type[Exception], message: str) -> None:
+    before = kinds(model)
+    with pytest.raises(error, match=message):
+        call(model)
+    assert kinds(model) == before

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+import fastformer
+import fastformer.functional as F
+from fastformer import backends
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> None:
+    before = backends.requested()
+    yield
+    backends.set_backend(before)
+
+
+def test_requests_nest_and_are_undone() -> None:
+    fastformer.set_backend("torch")
+    with fastformer.backend("reference"):
+        with fastformer.backend("auto"):
+            assert backends.requested() == "auto"
+        assert backends.requested() == "reference"
+    assert backends.requested() == "torch"
+    with pytest.raises(RuntimeError), fastformer.backend("auto"):
+        raise RuntimeError
+    assert backends.requested() == "torch"
+
+
+def test_unknown_names() -> None:
+    for ask in (fastformer.backend, fastformer.set_backend):
+        with pytest.raises(ValueError, match="name is 'tpu', must be one of auto, triton, cuda, cpu, torch, reference"):
+            ask("tpu")
+
+
+def test_auto_takes_what_the_evidence_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "CPU_LIBRARY", True)
+    monkeypatch.setattr(backends, "EVIDENCE", {("softmax", "cpu"): ("cpu", "measured")})
+    assert backends.decide("softmax", "cpu", "auto") == ("cpu", "measured")
+    assert backends.decide("layer_norm", "cpu", "auto").kernel == "torch"
+    assert backends.decide("softmax", "mps", "auto").kernel == "torch"
+    assert backends.decide("layer_norm", "cpu", "auto", torch_lacks="this").kernel == "cpu"
+    choice = backends.decide("softmax", "cpu", "auto", unsupported="a kernel for float64")
+    assert choice.kernel == "torch" and "float64" in choice.reason
+    monkeypatch.setattr(backends, "CPU_LIBRARY", False)
+    assert backends.decide("softmax", "cpu", "auto").kernel == "torch"
+
+
+def test_a_request_that_cannot_be_met_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "CPU_LIBRARY", False)
+    monkeypatch.setattr(backends, "TRITON_INTERPRETED", False)
+    for request, device, reason in (
+        ("cpu", "cpu", "built without a C\\+\\+ compiler"),
+        ("cpu", "cuda", "no kernels for cuda"),
+        ("triton", "cpu", "Triton"),
+        ("cuda", "cuda", "no CUDA C\\+\\+ kernels"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            backends.decide("softmax", device, request)
+    with pytest.raises(ValueError, match="can't run softmax: a kernel for torch"), fastformer.backend("triton"):
+        monkeypatch.setattr(backends, "TRITON", True)
+        monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)
+        F.softmax(torch.ones(3, dtype=torch.double), -1)
+
+
+def test_explain_tells_without_running() -> None:
+    x = torch.ones(2, 3)
+    with fastformer.backend("reference"):
+        assert fastformer.explain(F.softmax, x, -1) == "softmax: reference (requested)"
+    assert fastformer.explain(F.softmax, x.double(), -1).startswith("softmax: torch (our kernels don't have")
+    assert "leaves this function alone" in fastformer.explain(F.relu, x)
+    with pytest.raises(TypeError, match="input is a list"):
+        fastformer.explain(F.softmax, [1.0], -1)
+    assert F.softmax(x, -1).shape == x.shape
+
+
+def test_the_backward_runs_on_the_forwards_backend() -> None:
+    """The request may have ended by the time of the backward pass."""
+    x = torch.randn(3, 5, requires_grad=True)
+    seen = []
+    with fastformer.backend("cpu"):
+        y = F.softmax(x, -1)
+    x.register_hook(lambda grad: seen.append(grad))
+    backends.set_backend("reference")
+    y.sum().backward()
+    assert len(seen) == 1 and backends.requested() == "reference"

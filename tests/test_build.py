@@ -1,0 +1,169 @@
+"""The library and the wheel: what they export, what they need, and at which instruction-set levels they run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastformer import backends, library
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "fastformer" / "lib" / "libfastformer_cpu.so"
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="built without a C++ compiler")
+
+
+def nm(*arguments: str) -> list[str]:
+    return subprocess.run(["nm", *arguments], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
+
+
+@needs_library
+def test_needs_only_torchs_c_shim_and_the_c_library() -> None:
+    entries = [line.split() for line in nm("-D", "--undefined-only", str(LIBRARY))]
+    strong = {name for kind, name in entries if kind == "U" and "@GLIBC_" not in name}
+    # _Unwind_*: libgcc_s, which torch itself has loaded; see LINK_FLAGS in setup.py.
+    assert {name for name in strong if not re.match(r"aoti_torch_|torch_|_Unwind_", name)} == set()
+
+
+@needs_library
+def test_kernels_share_no_function_between_levels() -> None:
+    """A weak symbol compiled with AVX-512 could be the one the linker keeps for the portable level."""
+    objects = sorted((ROOT / "build" / "ninja").glob("*/*.o"))
+    assert {path.parent.name for path in objects} >= {"portable"}
+    for path in objects:
+        weak = [line for line in nm(str(path)) if line.split()[-2] in "WwVvu"]
+        assert weak == [], path
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_up_to_the_processors_gives_the_same_answers(level: str) -> None:
+    if LEVELS.index(level) > LEVELS.index(best_level()):
+        pytest.skip(f"this processor has only {best_level()}")
+    code = """
+import torch, fastformer.functional as F
+print(torch.ops.fastformer.cpu_isa())
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    x = torch.randn(7, 77, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype).requires_grad_()
+    w = torch.linspace(-1, 1, 77).to(dtype).requires_grad_()
+    y = F.layer_norm(F.softmax(x, -1) * 50, (77,), w, w)
+    y.square().sum().backward()
+    y64 = torch.layer_norm(torch.softmax(x.double(), -1) * 50, (77,), w.double(), w.double())
+    expected = torch.autograd.grad(y64.square().sum(), (x, w))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), y64, rtol=8 * eps, atol=40 * eps)
+    for mine, theirs in zip((x.grad, w.grad), expected):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=20 * eps, atol=80 * eps * theirs.abs().max().item())
+"""
+    result = python(code, FASTFORMER_CPU_ISA=level, FASTFORMER_BACKEND="cpu", TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [level]
+
+
+@needs_library
+def test_a_level_that_does_not_exist_or_is_not_there_is_an_error() -> None:
+    result = python("import fastformer", FASTFORMER_CPU_ISA="sse9")
+    assert result.returncode != 0
+    assert "FASTFORMER_CPU_ISA is 'sse9', must be one of portable, avx2, avx512, avx512_bf16" in result.stderr
+    if best_level() != "avx512_bf16":
+        result = python("import fastformer", FASTFORMER_CPU_ISA="avx512_bf16")
+        assert f"this processor has only {best_level()}" in result.stderr
+
+
+def best_level() -> str:
+    return python(
+        "import torch, fastformer; print(torch.ops.fastformer.cpu_isa())", FASTFORMER_CPU_ISA=""
+    ).stdout.strip()
+
+
+def test_the_schemas_python_reads_are_those_the_library_registers() -> None:
+    names = [schema.split("(")[0] for schema in library.schemas()]
+    assert len(names) == len(set(names)) == 13
+    for schema in library.schemas():
+        name = schema.split("(")[0]
+        registered = getattr(torch.ops.fastformer, name).default._schema
+        assert str(torch._C.parse_schema(f"fastformer::{schema}")) == str(registered)
+
+
+def test_without_the_library_everything_still_runs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "fastformer", tmp_path / "fastformer", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch, fastformer, fastformer.functional as F
+assert fastformer.__file__.startswith({str(tmp_path)!r})
+x = torch.randn(3, 8, requires_grad=True)
+F.layer_norm(F.softmax(x, -1), (8,)).sum().backward()
+print(fastformer.explain(F.softmax, x, -1))
+try:
+    with fastformer.backend("cpu"):
+        F.softmax(x, -1)
+except ValueError as error:
+    print(error)
+"""
+    result = python(code, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("this installation was built without a C++ compiler") == 2
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        str(ROOT),
+        "--no-build-isolation",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(folder),
+    ]
+    subprocess.run(command, check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_fits_every_python_and_exposes_fastformer_alone(wheel: Path) -> None:
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fastformer"}
+    wanted = {
+        "fastformer/ops.cpp",
+        "fastformer/triton_kernels/softmax.py",
+        "fastformer/benchmarks/harness.py",
+        *({"fastformer/lib/libfastformer_cpu.so"} if backends.CPU_LIBRARY else ()),
+    }
+    assert wanted <= set(names)
+
+
+def test_the_installed_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = f"""
+import sys
+sys.path[:] = [{str(tmp_path)!r}] + [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+import torch, fastformer, fastformer.functional as F, fastformer.triton_kernels.softmax
+assert fastformer.__file__.startswith({str(tmp_path)!r}), fastformer.__file__
+with fastformer.backend("cpu" if {backends.CPU_LIBRARY} else "torch"):
+    print(F.softmax(torch.zeros(2, 4), -1).tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str([[0.25] * 4] * 2)

@@ -1,0 +1,62 @@
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+
+import fastformer.functional as F
+from fastformer import nn
+
+SDPA = "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
+
+
+@pytest.mark.parametrize("name", ["softmax", "layer_norm", "rms_norm", "linear_cross_entropy"])
+def test_signatures_are_torchs_with_keywords_behind(name: str) -> None:
+    if not hasattr(torch_functional, name):
+        pytest.skip(f"torch {torch.__version__} has no {name}")
+    theirs = list(inspect.signature(getattr(torch_functional, name)).parameters.values())
+    ours = list(inspect.signature(getattr(F, name)).parameters.values())
+    for mine, torchs in zip(ours, theirs):
+        assert (mine.name, mine.kind, mine.default) == (torchs.name, torchs.kind, torchs.default)
+    assert all(extra.kind is inspect.Parameter.KEYWORD_ONLY for extra in ours[len(theirs) :])
+
+
+def test_attentions_signature() -> None:
+    """torch's is a builtin without a signature; its documentation has it."""
+    assert SDPA.replace(" ", "") in torch_functional.scaled_dot_product_attention.__doc__.replace(" ", "").replace(
+        "\n", ""
+    )
+    parameters = list(inspect.signature(F.scaled_dot_product_attention).parameters.values())
+    torchs = ", ".join(
+        p.name if p.default is inspect.Parameter.empty else f"{p.name}={p.default}"
+        for p in parameters
+        if p.kind is not inspect.Parameter.KEYWORD_ONLY
+    )
+    assert torchs == SDPA
+
+
+def test_other_names_are_torchs_own() -> None:
+    assert F.relu is torch_functional.relu
+    assert nn.Embedding is torch.nn.Embedding
+    assert nn.functional is F
+    assert {"relu", "softmax", "add_layer_norm"} <= set(dir(F))
+    with pytest.raises(AttributeError):
+        F.no_such_function  # noqa: B018
+
+
+def test_importing_changes_nothing_in_torch_and_is_quick() -> None:
+    code = """
+import time, torch, torch.nn.functional as TF
+def state():
+    return {(m.__name__, k): id(v) for m in (torch, torch.nn, TF) for k, v in vars(m).items() if not k.startswith('__')}
+before, start = state(), time.perf_counter()
+import fastformer
+seconds, after = time.perf_counter() - start, state()
+assert {k: v for k, v in after.items() if k in before} == before
+print(seconds)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.0
