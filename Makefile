@@ -8,7 +8,6 @@ endif
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.fastformer-ready
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-CXX_FILES := $(SOURCES)
 
 .PHONY: build bench test lint fuzz wheel compile-matrix readme-table clean
 
@@ -37,7 +36,7 @@ test: lint build
 lint: $(READY)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
 
 # A thousand random cases for each property, instead of the twenty of `make test`.
 fuzz: build
@@ -49,6 +48,10 @@ wheel: $(READY)
 # Every Triton kernel compiled for every architecture by every supported Triton; fetches the other Tritons.
 compile-matrix: build
 	$(PYTHON) tests/ahead_of_time/matrix.py
+
+# README.md's table of measurements, from the last `make bench`.
+readme-table: build
+	$(PYTHON) -m fastformer.benchmarks.readme_table benchmark-results/benchmark.json README.md
 
 clean:
 	rm -rf build dist fastformer/lib fastformer.egg-info $(READY)
