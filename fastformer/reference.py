@@ -14,7 +14,7 @@ from torch import Tensor
 ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: x.clamp(min=0),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),  # slope 0 at 0, as torch has it
     "silu": lambda x: x * torch.sigmoid(x),
 }
 

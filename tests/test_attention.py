@@ -1,5 +1,7 @@
+import contextlib
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from fastformer import backends, reference
 from fastformer.ops.attention import attention
 
 FAST_TARGETS = [target for target in KERNEL_TARGETS if not target.slow]
+needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
 on_fast_kernels = pytest.mark.parametrize("target", FAST_TARGETS, ids=str)
 
 
@@ -185,6 +188,19 @@ def test_huge_scores(target: Target) -> None:
 
 
 @on_kernels
+def test_nan_stays_with_its_query(target: Target) -> None:
+    query, key, value = inputs(target, 1, 1, 1, 96, 300, 16, 16)
+    key *= torch.linspace(0.1, 3, 300, device=target.device).unsqueeze(1)  # later scores are larger
+    poisoned = query.clone()
+    poisoned[:, :, ::17] = math.nan
+    with fastformer.backend(target.backend):
+        expected, output = attention(query, key, value)[0], attention(poisoned, key, value)[0]
+    assert output[:, :, ::17].isnan().all()
+    others = torch.arange(96) % 17 != 0
+    assert torch.equal(output[:, :, others], expected[:, :, others])
+
+
+@on_kernels
 def test_gradient_of_the_lse_alone(target: Target) -> None:
     query, key, value = (x.requires_grad_() for x in inputs(target, 1, 2, 2, 6, 9, 8, 8))
     mask = torch.randn(6, 9, device=target.device, requires_grad=True)
@@ -226,6 +242,44 @@ def test_any_shape(shape: tuple[int, ...], causal: str, masked: bool, target: Ta
     mask = torch.randn(seqlen_q, seqlen_k, device=target.device) if masked else None
     options = {"is_causal": causal != "no", "bottom_right": causal == "bottom right"}
     check_attention(target, query, key, value, mask, with_lse=False, **options)
+
+
+@on_kernels
+def test_a_mask_whose_rows_are_far_apart(target: Target) -> None:
+    rows, step = 120, 2**31 // 110  # from the first row of a tile to its last are more than 2^31 elements
+    query, key, value = inputs(target, 1, 1, 1, rows, 4, 8, 8)
+    mask = torch.rand(rows, 4, device=target.device) > 0.4
+    far = torch.empty(rows * step, dtype=torch.bool, device=target.device).as_strided((rows, 4), (step, 1)).copy_(mask)
+    with fastformer.backend(target.backend):
+        assert torch.equal(attention(query, key, value, far)[0], attention(query, key, value, mask)[0])
+
+
+@pytest.mark.skipif(not backends.TRITON_INTERPRETED, reason="with a GPU the kernels run on it")
+def test_triton_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    @contextlib.contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        devices.append(x.device)
+        yield
+        devices.pop()
+
+    class Watched:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert devices, "launched on the current device"
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("attention", "attention_backward"):
+        module = importlib.import_module(f"fastformer.triton_kernels.{name}")
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Watched(getattr(module, kernel)))
+    query, key, value = (torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3))
+    with fastformer.backend("triton"):
+        attention(query, key, value)[0].sum().backward()
 
 
 @on_kernels
@@ -368,6 +422,36 @@ ONE = torch.ones(1, 2, 3, 4)
 def test_errors(error: type, words: str, arguments: tuple, options: dict) -> None:
     with pytest.raises(error, match=words):
         F.scaled_dot_product_attention(*arguments, **options)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("output must be", {"output": torch.ones(1, 2, 3, 4), "grad_output": torch.ones(1, 2, 3, 4)}),
+        ("output must be", {"output": torch.ones(1, 2, 5, 4).half()}),
+        ("grad_output must have", {"grad_output": torch.ones(1, 2, 3, 4)}),
+        ("lse must be float32", {"lse": torch.zeros(1, 2, 3)}),
+        ("lse must be float32", {"lse": torch.zeros(1, 2, 5).double()}),
+        ("grad_lse must have the shape", {"grad_lse": torch.zeros(1, 2, 3)}),
+        ("grad_lse must be float32", {"grad_lse": torch.zeros(1, 2, 5).long()}),
+    ],
+)
+def test_errors_of_the_operator(words: str, changes: dict) -> None:
+    x = torch.ones(1, 2, 5, 4)
+    tensors = {"grad_output": x, "grad_lse": None, "query": x, "key": x, "value": x, "mask": None, "output": x}
+    tensors |= {"lse": torch.zeros(1, 2, 5)} | changes
+    with fastformer.backend("cpu"), pytest.raises(RuntimeError, match=words):
+        torch.ops.fastformer.attention_backward(*tensors.values(), 1.0, False, False, False)
+
+
+@needs_library
+def test_without_query_heads_the_gradients_of_keys_are_zero() -> None:
+    query, key, lse = torch.ones(1, 0, 5, 4), torch.ones(1, 2, 5, 4), torch.ones(1, 0, 5)
+    tensors = (query, None, query, key, key, None, query, lse)
+    with fastformer.backend("cpu"):
+        grads = torch.ops.fastformer.attention_backward(*tensors, 1.0, False, False, False)
+    assert (grads[1] == 0).all() and (grads[2] == 0).all()
 
 
 def test_a_head_too_wide_for_our_kernels_runs_torchs() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastformer
 import fastformer.functional as F
-from fastformer import reference
+from fastformer import backends, reference
 
 
 def check_norm(
@@ -176,6 +176,18 @@ def test_opcheck() -> None:
     torch.library.opcheck(backward, (summed, summed, summed, w.detach(), mean, rstd, True, False))
 
 
+@on_kernels
+def test_results_are_what_the_fake_kernel_says(target: Target) -> None:
+    x, weight, statistics = (
+        tensor(target, 3, 9),
+        torch.ones(9, device=target.device),
+        torch.ones(3, device=target.device),
+    )
+    arguments = (x, None, x, weight, statistics, statistics, False, False)
+    with fastformer.backend(target.backend):
+        torch.library.opcheck(torch.ops.fastformer.layer_norm_backward, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 def test_gradcheck_and_double_backward(rms: bool) -> None:
     x, r, w = (torch.randn(*s, dtype=torch.double, requires_grad=True) for s in ((3, 5), (3, 5), (5,)))
@@ -239,3 +251,21 @@ def test_autocast_keeps_the_dtype_that_torch_gives() -> None:
 def test_errors(error: type, words: str, call: object) -> None:
     with pytest.raises(error, match=words):
         call(torch.ones(2, 3))
+
+
+@pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("mean and rstd must be float32", {"mean": torch.ones(2).bfloat16()}),
+        ("mean and rstd must be float32", {"rstd": torch.ones(2).double()}),
+        ("mean and rstd must have an element a row", {"rstd": torch.ones(1)}),
+        ("weight must be float32, bfloat16 or float16", {"weight": torch.ones(3).long()}),
+    ],
+)
+def test_errors_of_the_operator(words: str, changes: dict) -> None:
+    x, row_values = torch.ones(2, 3), torch.ones(2)
+    tensors = {"grad_output": x, "grad_summed": None, "summed": x, "weight": None}
+    tensors |= {"mean": row_values, "rstd": row_values} | changes
+    with fastformer.backend("cpu"), pytest.raises(RuntimeError, match=words):
+        torch.ops.fastformer.layer_norm_backward(*tensors.values(), False, False)

@@ -27,7 +27,7 @@ from .attention_tiles import (
     store_rows,
     use_descriptors,
     visible_keys,
-    with_unit_stride,
+    within_reach,
 )
 
 __all__ = ["attention_backward", "attention_forward"]
@@ -191,35 +191,36 @@ def attention_forward(
         return output.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernel takes the peak of the raw scores times scale
         query, scale = -query, -scale
-    query, key, value = (with_unit_stride(x) for x in (query, key, value))
+    query, key, value = (within_reach(x) for x in (query, key, value))
     mask, mask_strides, mask_kind = mask_arguments(mask, (batch, heads, seqlen_q, seqlen_k))
     tile = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), mask is not None).forward
     descriptors = use_descriptors(query, key, value)
-    attention_forward_kernel[(triton.cdiv(seqlen_q, tile.block_q) * batch * heads,)](
-        describe(query, tile.block_q) if descriptors else query,
-        describe(key, tile.block_k) if descriptors else key,
-        describe(value, tile.block_k) if descriptors else value,
-        mask,
-        output,
-        lse,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *mask_strides,
-        *output.stride()[:3],
-        heads,
-        kv_heads,
-        seqlen_q,
-        seqlen_k,
-        seqlen_k - seqlen_q if bottom_right else 0,
-        scale,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_D=padded_width(head_dim),
-        BLOCK_DV=padded_width(value_dim),
-        MASK=mask_kind,
-        IS_CAUSAL=is_causal,
-        DESCRIPTORS=descriptors,
-        **launch_options(tile),
-    )
+    with torch.cuda.device_of(query):
+        attention_forward_kernel[(triton.cdiv(seqlen_q, tile.block_q) * batch * heads,)](
+            describe(query, tile.block_q) if descriptors else query,
+            describe(key, tile.block_k) if descriptors else key,
+            describe(value, tile.block_k) if descriptors else value,
+            mask,
+            output,
+            lse,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *mask_strides,
+            *output.stride()[:3],
+            heads,
+            kv_heads,
+            seqlen_q,
+            seqlen_k,
+            seqlen_k - seqlen_q if bottom_right else 0,
+            scale,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_D=padded_width(head_dim),
+            BLOCK_DV=padded_width(value_dim),
+            MASK=mask_kind,
+            IS_CAUSAL=is_causal,
+            DESCRIPTORS=descriptors,
+            **launch_options(tile),
+        )
     return output, lse

@@ -32,7 +32,7 @@ from .attention_tiles import (
     store_rows,
     use_descriptors,
     visible_keys,
-    with_unit_stride,
+    within_reach,
 )
 
 DELTA_ROWS = 64  # queries a program of attention_delta_kernel takes
@@ -447,23 +447,24 @@ def attention_backward(
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_mask
 
-    grad_output, query, key, value, output = (with_unit_stride(x) for x in (grad_output, query, key, value, output))
+    grad_output, query, key, value, output = (within_reach(x) for x in (grad_output, query, key, value, output))
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    attention_delta_kernel[(triton.cdiv(seqlen_q, DELTA_ROWS) * batch * heads,)](
-        grad_output,
-        output,
-        None if grad_lse is None else grad_lse.contiguous(),
-        lse,
-        delta,
-        *grad_output.stride()[:3],
-        *output.stride()[:3],
-        heads,
-        seqlen_q,
-        VALUE_DIM=value_dim,
-        BLOCK_DV=padded_width(value_dim),
-        BLOCK_Q=DELTA_ROWS,
-    )
+    with torch.cuda.device_of(query):
+        attention_delta_kernel[(triton.cdiv(seqlen_q, DELTA_ROWS) * batch * heads,)](
+            grad_output,
+            output,
+            None if grad_lse is None else grad_lse.contiguous(),
+            lse,
+            delta,
+            *grad_output.stride()[:3],
+            *output.stride()[:3],
+            heads,
+            seqlen_q,
+            VALUE_DIM=value_dim,
+            BLOCK_DV=padded_width(value_dim),
+            BLOCK_Q=DELTA_ROWS,
+        )
 
     tiles = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), mask is not None)
     mask, mask_strides, mask_kind = mask_arguments(mask, shape)
@@ -487,31 +488,32 @@ def attention_backward(
         per_key = [describe(x, tile.block_k) for x in (key, value)]
         return per_query + per_key
 
-    attention_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_k) * batch * kv_heads,)](
-        *inputs(tiles.dkdv),
-        mask,
-        lse,
-        delta,
-        grad_key,
-        grad_value,
-        *strides,
-        *grad_key.stride()[:3],
-        *grad_value.stride()[:3],
-        *sizes,
-        **constants,
-        **launch_options(tiles.dkdv),
-    )
-    attention_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_q) * batch * heads,)](
-        *inputs(tiles.dq),
-        mask,
-        lse,
-        delta,
-        grad_query,
-        grad_mask if needs_grad_mask else None,
-        *strides,
-        *grad_query.stride()[:3],
-        *sizes,
-        **constants,
-        **launch_options(tiles.dq),
-    )
+    with torch.cuda.device_of(query):
+        attention_dkdv_kernel[(triton.cdiv(seqlen_k, tiles.dkdv.block_k) * batch * kv_heads,)](
+            *inputs(tiles.dkdv),
+            mask,
+            lse,
+            delta,
+            grad_key,
+            grad_value,
+            *strides,
+            *grad_key.stride()[:3],
+            *grad_value.stride()[:3],
+            *sizes,
+            **constants,
+            **launch_options(tiles.dkdv),
+        )
+        attention_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_q) * batch * heads,)](
+            *inputs(tiles.dq),
+            mask,
+            lse,
+            delta,
+            grad_query,
+            grad_mask if needs_grad_mask else None,
+            *strides,
+            *grad_query.stride()[:3],
+            *sizes,
+            **constants,
+            **launch_options(tiles.dq),
+        )
     return grad_query, grad_key, grad_value, grad_mask

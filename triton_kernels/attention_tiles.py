@@ -19,6 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
+# Within a tile, at most 128 by 128, offsets are of 32 bits, because those of 64 would take registers that the kernels
+# don't have: steps along its rows and columns must be smaller than this.
+FAR = 2**31 // (128 + 128)
+
 
 class Tile(NamedTuple):
     """How one kernel is cut and launched."""
@@ -42,7 +46,7 @@ class Tiles(NamedTuple):
 # "sm_90". At 8 warps a [128, 128] float32 accumulator takes 64 registers a thread; forward holds one of output's width
 # and the scores, dkdv two of head width, the scores and their gradients. A mask adds a tile of its own to registers
 # and, pipelined, to shared memory, hence the smaller blocks. float32 products run on the plain cores, which read
-# both operands into registers.
+# both operands into registers. "sm_100" has its own rows where it spills with those of "sm_90".
 TILES: dict[tuple[str, int, int, bool], Tiles] = {
     ("sm_80", 64, 2, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
@@ -68,6 +72,10 @@ TILES: dict[tuple[str, int, int, bool], Tiles] = {
     ("sm_90", 128, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", 256, 4, False): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
     ("sm_90", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_100", 128, 2, False): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("sm_100", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_100", 64, 4, False): Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 2)),
+    ("sm_100", 128, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
 }
 
 
@@ -79,16 +87,25 @@ def padded_width(width: int) -> int:
 def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, masked: bool) -> Tiles:
     """The row of the table for heads as wide as the wider of query and value."""
     width = max(64, padded_width(head_dim), padded_width(value_dim))
+    if architecture == "gfx942":  # as sm_80, with as many threads: its warps have 64
+        tiles = TILES["sm_80", width, itemsize, masked]
+        return Tiles(*(tile._replace(num_warps=tile.num_warps // 2) for tile in tiles))
+    if architecture == "sm_100" and (architecture, width, itemsize, masked) not in TILES:
+        architecture = "sm_90"
     return TILES[architecture, width, itemsize, masked]
 
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The table's class of a device: sm_90 has TMA, wgmma and 227 KB of shared memory; sm_80 is the rest."""
-    if device.type != "cuda" or torch.version.hip:
+    """The table's class of a device: sm_90 and sm_100 have TMA and 227 KB of shared memory; sm_80 is the rest."""
+    if device.type != "cuda":
         return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
     properties = torch.cuda.get_device_properties(device)
-    return "sm_90" if properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024 else "sm_80"
+    if properties.major < 9 or properties.shared_memory_per_block_optin < 227 * 1024:
+        return "sm_80"
+    return "sm_90" if properties.major == 9 else "sm_100"
 
 
 def use_descriptors(*tensors: Tensor) -> bool:
@@ -97,8 +114,9 @@ def use_descriptors(*tensors: Tensor) -> bool:
     TMA wants the base and every stride but the last 16-byte aligned. float32 products use no tensor cores, so
     that loads are not what they wait for.
     """
-    return architecture(tensors[0].device) == "sm_90" and all(
+    return architecture(tensors[0].device) in ("sm_90", "sm_100") and all(
         x.element_size() == 2
+        and x.stride(-1) == 1
         and x.data_ptr() % 16 == 0
         and all(stride > 0 and stride % 8 == 0 for stride in x.stride()[:-1])
         for x in tensors
@@ -120,9 +138,9 @@ def launch_options(tile: Tile) -> dict[str, int]:
     }
 
 
-def with_unit_stride(tensor: Tensor) -> Tensor:
-    """The kernels step through the last dimension with stride 1; the others are free."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def within_reach(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels can walk it: with stride 1 in the last dimension and rows less than FAR apart."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) < FAR else tensor.contiguous()
 
 
 def empty_heads(batch: int, heads: int, seqlen: int, width: int, like: Tensor) -> Tensor:
@@ -135,6 +153,8 @@ def mask_arguments(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tup
     if mask is None:
         return None, [0, 0, 0, 0], "none"
     kind = "bool" if mask.dtype == torch.bool else "additive"
+    if max(mask.stride()[-2:], default=0) >= FAR:
+        mask = mask.contiguous()
     expanded = mask.expand(shape)
     return expanded.view(torch.uint8) if kind == "bool" else expanded, list(expanded.stride()), kind
 

@@ -423,7 +423,7 @@ def layer_norm_backward(
     parameter_dtype = summed.dtype if weight is None else weight.dtype
     grad_input = torch.empty(summed.shape, dtype=summed.dtype, device=summed.device)
     grad_weight = torch.empty(0 if weight is None else columns, dtype=parameter_dtype, device=summed.device)
-    grad_bias = torch.empty(columns if has_bias else 0, dtype=parameter_dtype, device=summed.device)
+    grad_bias = summed.new_empty(columns, dtype=parameter_dtype) if has_bias else summed.new_empty(0)
     if summed.numel() == 0:
         return grad_input, grad_weight.zero_(), grad_bias.zero_()
 

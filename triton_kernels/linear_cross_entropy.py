@@ -20,7 +20,7 @@ from .gemm import Tile, add_product, device_class, operands, product
 
 # By device class and bytes an element; the budget is in gemm.py. The exponentials need registers beside the sums.
 LOSS_TILES = {
-    ("sm_90", 2): Tile(128, 128, 64, num_warps=8, num_stages=4),
+    ("sm_90", 2): Tile(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_80", 2): Tile(128, 128, 32, num_warps=8, num_stages=4),
     ("gfx942", 2): Tile(128, 128, 32, num_warps=8, num_stages=2),
     ("sm_90", 4): Tile(64, 64, 16, num_warps=8, num_stages=3),
@@ -262,8 +262,8 @@ def _gradients(
     (N, C), V = input.shape, weight.shape[0]
     if N == 0:
         return (
-            torch.empty_like(input),
-            torch.zeros_like(weight),
+            input.new_empty(N, C),
+            weight.new_zeros(V, C),
             input.new_empty(0) if bias is None else torch.zeros_like(bias),
         )
     step = chunk_rows(N, C, V)

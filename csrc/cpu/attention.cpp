@@ -43,6 +43,10 @@ Tensor times(const Tensor& tensor, double factor) {
   return Tensor(result);
 }
 
+bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  return std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin(), tensor.sizes().end());
+}
+
 void check_inputs(const Tensor& query, const Tensor& key, const Tensor& value) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key, value must have 4 dimensions");
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
@@ -137,7 +141,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   const Tensor lse = empty_like_sizes(query, {batch, heads, seqlen_q}, ScalarType::Float);
   if (lse.numel() == 0) return {output, lse};
   // The kernel's scale is positive: the largest product is then the largest score.
-  const double sign = scale > 0 ? 1.0 : scale < 0 ? -1.0 : 0.0;
+  const double sign = scale > 0 ? 1.0 : scale < 0 ? -1.0 : scale;  // 0 and NaN stay
   const Tensor q = rows_contiguous(sign == 1.0 ? query : times(query, sign)), k = rows_contiguous(key),
                v = rows_contiguous(value);
   const AttentionForward args{
@@ -163,18 +167,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   check_inputs(query, key, value);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
   const int64_t kv_heads = key.size(1), head_dim = query.size(3), value_dim = value.size(3);
+  STD_TORCH_CHECK(has_sizes(output, {batch, heads, seqlen_q, value_dim}) && output.scalar_type() == query.scalar_type(),
+                  "output must be [", batch, ", ", heads, ", ", seqlen_q, ", ", value_dim, "] in the dtype of query");
   STD_TORCH_CHECK(same_sizes(grad_output, output) && grad_output.scalar_type() == query.scalar_type(),
                   "grad_output must have the shape of output and the dtype of query");
+  STD_TORCH_CHECK(has_sizes(lse, {batch, heads, seqlen_q}) && lse.scalar_type() == ScalarType::Float,
+                  "lse must be float32 [", batch, ", ", heads, ", ", seqlen_q, "]");
+  STD_TORCH_CHECK(!grad_lse.has_value() || same_sizes(*grad_lse, lse), "grad_lse must have the shape of lse");
   const Tensor grad_query = empty_heads(query, batch, heads, seqlen_q, head_dim);
-  const Tensor grad_key = empty_heads(key, batch, kv_heads, seqlen_k, head_dim);
-  const Tensor grad_value = empty_heads(value, batch, kv_heads, seqlen_k, value_dim);
+  Tensor grad_key = empty_heads(key, batch, kv_heads, seqlen_k, head_dim);
+  Tensor grad_value = empty_heads(value, batch, kv_heads, seqlen_k, value_dim);
   const Tensor grad_mask = needs_grad_mask
                                ? torch::stable::new_zeros(query, {batch, heads, seqlen_q, seqlen_k}, ScalarType::Float)
                                : empty_like_sizes(query, {0}, ScalarType::Float);
-  if (batch * heads == 0) return {grad_query, grad_key, grad_value, grad_mask};
+  if (batch * heads == 0) {
+    return {grad_query, torch::stable::zero_(grad_key), torch::stable::zero_(grad_value), grad_mask};
+  }
   const Tensor q = rows_contiguous(query), k = rows_contiguous(key), v = rows_contiguous(value);
   const Tensor dout = rows_contiguous(grad_output), out = rows_contiguous(output), row_lse = as_contiguous(lse);
-  const std::optional<Tensor> dlse = grad_lse.has_value() ? std::optional(as_float(*grad_lse)) : std::nullopt;
+  const std::optional<Tensor> dlse =
+      grad_lse.has_value() ? std::optional(as_float(*grad_lse, "grad_lse")) : std::nullopt;
   AttentionBackward args{
       .inputs = attention_inputs(q, k, v, broadcast_mask(mask, {batch, heads, seqlen_q, seqlen_k}), scale, is_causal,
                                  bottom_right),

@@ -37,7 +37,8 @@ inline Tensor as_contiguous(const Tensor& tensor) {
 }
 
 // A copy in float32, or the tensor itself if it is contiguous float32 already.
-inline Tensor as_float(const Tensor& tensor) {
+inline Tensor as_float(const Tensor& tensor, const char* name) {
+  dtype_of(tensor, name);  // an error for any that kernels don't read
   return as_contiguous(tensor.scalar_type() == ScalarType::Float ? tensor
                                                                  : torch::stable::to(tensor, ScalarType::Float));
 }

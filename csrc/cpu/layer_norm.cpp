@@ -13,8 +13,8 @@ void check_row_vector(const std::optional<Tensor>& tensor, int64_t cols, const c
                   " must be a vector as long as a row of input");
 }
 
-std::optional<Tensor> as_float(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? std::optional<Tensor>(fastformer::as_float(*tensor)) : std::nullopt;
+std::optional<Tensor> as_float(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor.has_value() ? std::optional<Tensor>(fastformer::as_float(*tensor, name)) : std::nullopt;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input,
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
   const Tensor summed = r.has_value() ? torch::stable::empty_like(x) : no_result(x);
   const Tensor mean = empty_like_sizes(x, {rms ? 0 : rows}, ScalarType::Float);
   const Tensor rstd = empty_like_sizes(x, {rows}, ScalarType::Float);
-  const std::optional<Tensor> w = as_float(weight), b = as_float(bias);
+  const std::optional<Tensor> w = as_float(weight, "weight"), b = as_float(bias, "bias");
   const LayerNormForward args{
       .input = pointer(x),
       .residual = pointer(r),
@@ -72,13 +72,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const int64_t cols = x.size(x.dim() - 1), rows = cols == 0 ? 0 : x.numel() / cols;
   check_row_vector(weight, cols, "weight");
   STD_TORCH_CHECK(rstd.numel() == rows && (rms || mean.numel() == rows), "mean and rstd must have an element a row");
+  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && (rms || mean.scalar_type() == ScalarType::Float),
+                  "mean and rstd must be float32");
   std::optional<Tensor> gs;
   if (grad_summed.has_value()) {
     STD_TORCH_CHECK(same_sizes(*grad_summed, x) && grad_summed->scalar_type() == x.scalar_type(),
                     "grad_summed must have the shape and dtype of summed");
     gs = as_contiguous(*grad_summed);
   }
-  const std::optional<Tensor> w = as_float(weight);
+  const std::optional<Tensor> w = as_float(weight, "weight");
   const Tensor m = as_contiguous(mean), r = as_contiguous(rstd);
   const Tensor grad_input = torch::stable::empty_like(x);
   const LayerNormBackward args{

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
   STD_TORCH_CHECK(cos.size(cos.dim() - 2) == S && (cos.dim() == 2 || cos.size(0) == B), "cos must be [", S, ", R] or [",
                   B, ", ", S, ", R]");
   STD_TORCH_CHECK(2 * R <= D, "cos may have at most half of head_dim, ", D / 2, " columns, not ", R);
-  const Tensor c = as_float(cos), s = as_float(sin);
+  const Tensor c = as_float(cos, "cos"), s = as_float(sin, "sin");
   const Tensor q = with_adjacent_features(query), k = with_adjacent_features(key);
   const Tensor query_out = empty_heads(query), key_out = empty_heads(key);
   const RotaryArgs args{

@@ -157,7 +157,7 @@ def _unsupported(
         return "a loss of several dimensions"
     if weight is not None and label_smoothing > 0:
         return "class weights together with label smoothing"
-    return "empty input" if input.numel() == 0 else ""
+    return "empty input or weight" if 0 in (input.numel(), linear_weight.numel()) else ""
 
 
 def _row_weight(

@@ -30,6 +30,8 @@ TARGETS = {
 }
 # Bytes of shared memory that one block may have.
 SHARED_LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Columns of tensor memory that a Blackwell multiprocessor has.
+TENSOR_MEMORY_LIMIT = 512
 # The modules with cases: the operations' and ``broken``.
 MODULES = sorted({module.name for module in pkgutil.iter_modules(__path__)} - {"__main__", "matrix"})
 
@@ -102,6 +104,9 @@ def _compile(case: Case, target: GPUTarget) -> tuple[int, int, int]:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, case.constexprs, attributes)
     compiled = triton.compile(source, target=target, options=dict(case.options))
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    if tensor_memory > TENSOR_MEMORY_LIMIT:  # the compiler gives a program that does nothing
+        raise ValueError(f"{tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY_LIMIT}")
     if target.backend == "hip":
         registers, spilled = _amd_usage(compiled.asm["amdgcn"])
     else:

@@ -20,7 +20,7 @@ MASKS = {"none": "constexpr", "bool": "*u8", "additive": "*fp32"}
 def _case(kind: str, architecture: str, width: int, dtype: str, mask: str) -> Case:
     kernel = KERNELS[kind]
     tile = getattr(tiles.select_tiles(architecture, width, width, BYTES[dtype], mask != "none"), kind)
-    descriptors = architecture == "sm_90" and BYTES[dtype] == 2
+    descriptors = architecture in ("sm_90", "sm_100") and BYTES[dtype] == 2
     rows = {"query": tile.block_q, "grad_output": tile.block_q, "key": tile.block_k, "value": tile.block_k}
     types = {name: f"*{dtype}" for name in ("query", "output", "grad_query", "grad_key", "grad_value")}
     types |= {
@@ -51,7 +51,7 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str) -> Ca
 
 
 def cases(target) -> list[Case]:
-    architecture = "sm_90" if target.backend == "cuda" and target.arch // 10 in (9, 10) else "sm_80"
+    architecture = target.arch if target.backend == "hip" else f"sm_{target.arch}"
     found = [
         _case(kind, architecture, width, dtype, mask)
         for kind in KERNELS

@@ -62,8 +62,9 @@ struct GeluTanh {
   FASTFORMER_INLINE Vec value(Vec x) { return x * sigmoid(twice_u(x)).plus; }
   FASTFORMER_INLINE ValueAndSlope value_and_slope(Vec x) {
     const Sigmoid s = sigmoid(twice_u(x));
-    const Vec inner = x * fma(broadcast(3 * kCubic) * x, x, broadcast(kLinear));
-    return {x * s.plus, fma(inner * s.plus, s.minus, s.plus)};
+    const Vec twice_u_slope = fma(broadcast(3 * kCubic) * x, x, broadcast(kLinear));
+    // x times the sigmoids first: 0 where the cube of x would overflow.
+    return {x * s.plus, fma(x * (s.plus * s.minus), twice_u_slope, s.plus)};
   }
 };
 

@@ -120,7 +120,7 @@ void online_softmax(const Workspace<Unit>& w, const Running<Unit>& r, const floa
     const Vec sum = exponentiate(w.scores + lane, reinterpret_cast<Unit*>(w.scores) + lane, reach, score_factor, shift);
     store(r.peak + lane, peak);
     store(r.total + lane, fma(load(r.total + lane), fade, sum));
-    if (reduce_max(broadcast(1.0f) - fade) > 0.0f) {
+    if (reduce_max(max(broadcast(1.0f) - fade, zero())) > 0.0f) {  // 0 for a lane of NaN, which would hide the others
       for (int64_t d = 0; d < value_dim; ++d) {
         float* p = r.output_t + d * kQueryBlock + lane;
         store(p, load(p) * fade);

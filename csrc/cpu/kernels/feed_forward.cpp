@@ -28,16 +28,17 @@ void forward_rows(const FeedForwardForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Columns are taken in stripes, and 32 rows summed at a time: short runs of rows keep the rounding error of the sums
+// Columns are taken in stripes, and 32 rows summed at a time, then all these sums: short runs keep the rounding error
 // small.
 constexpr int64_t kStripe = 512;
 constexpr int64_t kRows = 32;
 
 template <typename P, typename T, typename Act, bool gated>
 void backward_columns(const FeedForwardBackward& a, int64_t begin, int64_t end) {
-  float sums[kStripe];
+  float sums[kStripe], total[kStripe];
   for (int64_t left = begin; left < end; left += kStripe) {
     const int64_t right = left + kStripe < end ? left + kStripe : end;
+    for (int64_t i = 0; i < kStripe; ++i) total[i] = 0.0f;
     for (int64_t top = 0; top < a.rows; top += kRows) {
       const int64_t bottom = top + kRows < a.rows ? top + kRows : a.rows;
       for (int64_t i = 0; i < kStripe; ++i) sums[i] = 0.0f;
@@ -61,9 +62,10 @@ void backward_columns(const FeedForwardBackward& a, int64_t begin, int64_t end) 
           store_n(sums + (i - left), load_n(sums + (i - left), n) + by_up, n);
         });
       }
-      if (a.grad_bias != nullptr) {
-        for (int64_t i = left; i < right; ++i) a.grad_bias[i] += sums[i - left];
-      }
+      for (int64_t i = 0; i < right - left; ++i) total[i] += sums[i];
+    }
+    if (a.grad_bias != nullptr) {
+      for (int64_t i = left; i < right; ++i) a.grad_bias[i] += total[i - left];
     }
   }
 }

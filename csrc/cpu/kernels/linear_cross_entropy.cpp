@@ -19,23 +19,15 @@ float row_max(const T* logits, int64_t cols) {
 template <typename T>
 float sum_exponentials(const T* logits, int64_t cols, float peak) {
   const Vec shift = broadcast(peak);
-  Vec even = zero(), odd = zero();
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= cols; i += 2 * kLanes) {
-    even = even + exp(load(logits + i) - shift);
-    odd = odd + exp(load(logits + i + kLanes) - shift);
-  }
-  for_lanes(i, cols, [&](int64_t at, int n) FASTFORMER_LAMBDA {
-    even = even + select(first_n(n), exp(load_n(logits + at, n) - shift), zero());
+  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+    const Vec exponential = exp(load_n(logits + i, n) - shift);
+    return n == kLanes ? exponential : select(first_n(n), exponential, zero());
   });
-  return reduce_add(even + odd);
 }
 
 template <typename T>
 float row_sum(const T* logits, int64_t cols) {
-  Vec sum = zero();
-  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { sum = sum + load_n(logits + i, n); });
-  return reduce_add(sum);
+  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(logits + i, n); });
 }
 
 // logits = weight (exp(logits - peak) / total - s / cols), and weight (1 - s) less at the target.

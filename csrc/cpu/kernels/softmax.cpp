@@ -70,11 +70,11 @@ void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* sc
       });
     }
     const float peak = row_max(scores, visible);
-    if (peak == -INFINITY) {  // nothing to attend to
+    const float total = exponentiate(scores, visible, peak == -INFINITY ? 0.0f : peak);
+    if (total == 0.0f) {  // nothing to attend to
       fill_zero(y, 0, a.cols);
       continue;
     }
-    const float total = exponentiate(scores, visible, peak);
     scaled_copy(scores, y, visible, 1.0f / total);
     fill_zero(y, visible, a.cols);
   }
