@@ -74,6 +74,16 @@ def test_more_rows_than_one_panel(dtype: torch.dtype, gated: bool) -> None:
     )
 
 
+@pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
+def test_bias_gradients_of_many_rows() -> None:
+    one, bias1, bias2 = torch.ones(1, 1), torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    with fastformer.backend("cpu"):
+        y = F.feed_forward(torch.ones(200_000, 1), one, bias1, one, bias2, activation="relu")
+        grads = torch.autograd.grad(y, (bias1, bias2), torch.full_like(y, 0.1))
+    for grad in grads:
+        torch.testing.assert_close(grad.item(), 200_000 * torch.tensor(0.1).item(), rtol=2e-6, atol=0)
+
+
 @on_kernels
 @pytest.mark.parametrize("gated", [False, True])
 def test_layouts(target: Target, gated: bool) -> None:

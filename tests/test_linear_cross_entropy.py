@@ -110,6 +110,13 @@ def test_class_weights(target: Target, reduction: str) -> None:
 
 
 @needs_library
+def test_a_very_large_vocabulary() -> None:
+    target = Target("cpu", "cpu", torch.float32)
+    inputs = [*layer(target, 4, 8, 262_144)[:2], torch.full((262_144,), 100.0)]
+    check_loss(target, inputs, targets_of(target, 4, 262_144), reduction="none", label_smoothing=0.1)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_several_chunks(dtype: torch.dtype, bias: bool) -> None:

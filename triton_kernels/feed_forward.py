@@ -44,7 +44,7 @@ BACKWARD_TILES = {
 FEW_ROWS = 32
 FEW_ROWS_TILES = {
     2: Tile(FEW_ROWS, 64, 64, num_warps=4, num_stages=3),
-    4: Tile(FEW_ROWS, 64, 16, num_warps=4, num_stages=3),
+    4: Tile(FEW_ROWS, 64, 16, num_warps=4, num_stages=2),
 }
 
 

@@ -28,10 +28,11 @@ void forward_rows(const FeedForwardForward& a, int64_t begin, int64_t end) {
   }
 }
 
-// Columns are taken in stripes, and 32 rows summed at a time, then all these sums: short runs keep the rounding error
+// Columns are taken in stripes, and 32 rows summed at a time, then 32 of these sums: short runs keep the rounding error
 // small.
 constexpr int64_t kStripe = 512;
 constexpr int64_t kRows = 32;
+constexpr int64_t kBlock = kRows * kRows;
 
 template <typename P, typename T, typename Act, bool gated>
 void backward_columns(const FeedForwardBackward& a, int64_t begin, int64_t end) {
@@ -63,9 +64,11 @@ void backward_columns(const FeedForwardBackward& a, int64_t begin, int64_t end) 
         });
       }
       for (int64_t i = 0; i < right - left; ++i) total[i] += sums[i];
-    }
-    if (a.grad_bias != nullptr) {
-      for (int64_t i = left; i < right; ++i) a.grad_bias[i] += total[i - left];
+      if (a.grad_bias == nullptr || (bottom % kBlock != 0 && bottom < a.rows)) continue;
+      for (int64_t i = 0; i < right - left; ++i) {
+        a.grad_bias[left + i] += total[i];
+        total[i] = 0.0f;
+      }
     }
   }
 }
