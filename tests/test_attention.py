@@ -90,6 +90,11 @@ def test_several_blocks(target: Target, shape: tuple[int, ...], options: dict[st
     check_attention(target, *inputs(target, *shape), **options)
 
 
+@on_kernels
+def test_more_than_one_block_of_the_largest_tiles(target: Target) -> None:
+    check_attention(target, *inputs(target, 1, 2, 1, 150, 140, 24, 16), is_causal=True, bottom_right=True)
+
+
 @on_targets
 @pytest.mark.parametrize("mask_shape", [(2, 4, 6, 9), (2, 1, 1, 9), (4, 1, 9), (6, 9), (6, 1), (9,)])
 @pytest.mark.parametrize("boolean", [True, False])

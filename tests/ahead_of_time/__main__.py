@@ -1,4 +1,4 @@
-"""``python -m tests.ahead_of_time [targets] [--operations ...] [--json FILE]``: compile every case and print a table.
+"""``python -m tests.ahead_of_time [targets] [--operations ...] [--quick] [--json FILE]``: compile and print a table.
 
 Exits with 1 if a case fails.
 """
@@ -19,13 +19,18 @@ import triton
 from . import MODULES, TARGETS, Outcome, cases, check, operations
 
 
-def _check(operation: str, place: int, target: str) -> Outcome:
-    return check(operation, cases(operation, target)[place], target)
+def _check(operation: str, place: int, target: str, quick: bool) -> Outcome:
+    return check(operation, cases(operation, target, quick=quick)[place], target)
 
 
-def _outcomes(chosen: list[str], targets: list[str]) -> Iterator[Outcome]:
+def _outcomes(chosen: list[str], targets: list[str], quick: bool) -> Iterator[Outcome]:
     """Every outcome as it comes, with a progress line on stderr."""
-    jobs = [(name, place, target) for target in targets for name in chosen for place in range(len(cases(name, target)))]
+    jobs = [
+        (name, place, target, quick)
+        for target in targets
+        for name in chosen
+        for place in range(len(cases(name, target, quick=quick)))
+    ]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
         for done, future in enumerate(as_completed([pool.submit(_check, *job) for job in jobs]), 1):
@@ -41,13 +46,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ahead_of_time", description=__doc__)
     parser.add_argument("targets", nargs="*", default=["sm_80", "sm_90"], help=", ".join(TARGETS))
     parser.add_argument("--operations", nargs="+", default=operations(), choices=MODULES)
+    parser.add_argument("--quick", action="store_true", help="leave out cases that are much like others")
     parser.add_argument("--json", help="also write the outcomes to this file")
     arguments = parser.parse_args()
     unknown = set(arguments.targets) - set(TARGETS)
     if unknown:
         parser.error(f"targets: {', '.join(sorted(unknown))} must be among {', '.join(TARGETS)}")
 
-    found = sorted(_outcomes(arguments.operations, arguments.targets), key=lambda x: (x.operation, x.case, x.target))
+    found = sorted(
+        _outcomes(arguments.operations, arguments.targets, arguments.quick),
+        key=lambda x: (x.operation, x.case, x.target),
+    )
     print(f"Triton {triton.__version__}")
     print(f"{'operation':22} {'case':48} {'target':7} {'registers':>9} {'spilled':>7} {'shared':>7}")
     for x in found:

@@ -47,7 +47,8 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str) -> Ca
     signature = {name: types.get(name, "i32:16") for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return Case(f"{kind} {dtype} {width} mask {mask}", kernel, signature, constants, options)
+    thorough = mask == "bool" or (dtype, width) == ("fp32", 128)  # an additive mask takes more registers
+    return Case(f"{kind} {dtype} {width} mask {mask}", kernel, signature, constants, options, thorough=thorough)
 
 
 def cases(target) -> list[Case]:

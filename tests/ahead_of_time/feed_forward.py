@@ -34,7 +34,8 @@ def case(name: str, kernel, types: dict[str, str], constexprs: dict[str, object]
     """A case with that tile, whose ``constexprs`` hold absent tensors and strides of 1 too, as Triton specialises."""
     constants = {**constexprs, **tile.constants(), "GROUP_M": gemm.GROUP_M}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return Case(name, kernel, signature(kernel, types, constants), constants, tile.options())
+    thorough = constants.get("ACTIVATION", "gelu") != "gelu"
+    return Case(name, kernel, signature(kernel, types, constants), constants, tile.options(), thorough=thorough)
 
 
 def _forward(name: str, dtype: str, tile: gemm.Tile, descriptors: bool, gated: bool, activation: str) -> Case:

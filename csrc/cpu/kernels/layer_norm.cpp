@@ -8,12 +8,21 @@ namespace {
 template <typename T>
 void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* row_values) {
   const float inverse = 1.0f / static_cast<float>(a.cols);
+  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * a.cols;
     const T* input = static_cast<const T*>(a.input) + offset;
     const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + offset;
     T* summed = static_cast<T*>(a.summed) + offset;
     T* output = static_cast<T*>(a.output) + offset;
+    if (fetch_ahead && row + 1 < end) {
+      prefetch_next(input, a.cols);
+      prefetch_next(output, a.cols);
+      if (residual != nullptr) {
+        prefetch_next(residual, a.cols);
+        prefetch_next(summed, a.cols);
+      }
+    }
     if (residual == nullptr) {
       for_lanes(0, a.cols,
                 [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(row_values + i, load_n(input + i, n), n); });
@@ -56,12 +65,19 @@ void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float
   const float inverse = 1.0f / static_cast<float>(a.cols);
   float* const normed = scratch;
   float* const scaled = scratch + a.cols;
+  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * a.cols;
     const T* grad = static_cast<const T*>(a.grad_output) + offset;
     const T* summed = static_cast<const T*>(a.summed) + offset;
     const T* grad_summed = a.grad_summed == nullptr ? nullptr : static_cast<const T*>(a.grad_summed) + offset;
     T* grad_input = static_cast<T*>(a.grad_input) + offset;
+    if (fetch_ahead && row + 1 < end) {
+      prefetch_next(grad, a.cols);
+      prefetch_next(summed, a.cols);
+      prefetch_next(grad_input, a.cols);
+      if (grad_summed != nullptr) prefetch_next(grad_summed, a.cols);
+    }
     const Vec centre = broadcast(a.mean == nullptr ? 0.0f : a.mean[row]), rstd = broadcast(a.rstd[row]);
     for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
       const Vec dy = load_n(grad + i, n);

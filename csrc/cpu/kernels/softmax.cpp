@@ -56,11 +56,17 @@ void fill_zero(T* y, int64_t begin, int64_t end) {
 
 template <typename T>
 void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* scores) {
+  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t row = index % a.rows, head = index / a.rows % a.heads, outer = index / a.rows / a.heads;
     const int64_t visible = a.is_causal && row + 1 < a.cols ? row + 1 : a.cols;
+    const T* x = static_cast<const T*>(a.input) + index * a.cols;
     T* y = static_cast<T*>(a.output) + index * a.cols;
-    scale_row(static_cast<const T*>(a.input) + index * a.cols, scores, visible, a.scale);
+    if (fetch_ahead && index + 1 < end) {
+      prefetch_next(x, a.cols);
+      prefetch_next(y, a.cols);
+    }
+    scale_row(x, scores, visible, a.scale);
     const int64_t offset = outer * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
     if (a.mask_kind == MaskKind::boolean) {
       drop_masked(static_cast<const bool*>(a.mask) + offset, a.mask_strides[3], scores, visible);
@@ -83,10 +89,16 @@ void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* sc
 // grad_input = scale y (grad - sum(grad y)).
 template <typename T>
 void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
+  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
   for (int64_t row = begin; row < end; ++row) {
     const T* grad = static_cast<const T*>(a.grad_output) + row * a.cols;
     const T* y = static_cast<const T*>(a.output) + row * a.cols;
     T* result = static_cast<T*>(a.grad_input) + row * a.cols;
+    if (fetch_ahead && row + 1 < end) {
+      prefetch_next(grad, a.cols);
+      prefetch_next(y, a.cols);
+      prefetch_next(result, a.cols);
+    }
     const float dot_product =
         sum_lanes(a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(grad + i, n) * load_n(y + i, n); });
     const Vec dot = broadcast(dot_product), scale = broadcast(a.scale);
