@@ -12,18 +12,17 @@ _CPU_LIBRARY = _FOLDER / "lib" / "libfastformer_cpu.so"
 _DEFINITIONS = torch.library.Library("fastformer", "FRAGMENT")
 
 
-def load() -> bool:
-    """Make ``torch.ops.fastformer`` known; True if the C++ kernels for the CPU are there.
+def load() -> str:
+    """Make ``torch.ops.fastformer`` known; returns the C++ kernels' instruction-set level, or "" if there are none.
 
     Raises RuntimeError if FASTFORMER_CPU_ISA names no instruction-set level or one that this processor lacks.
     """
     if _CPU_LIBRARY.exists():
         torch.ops.load_library(_CPU_LIBRARY)
-        torch.ops.fastformer.cpu_isa()
-        return True
+        return torch.ops.fastformer.cpu_isa()
     for schema in schemas():
         _DEFINITIONS.define(schema)
-    return False
+    return ""
 
 
 def schemas() -> list[str]:

@@ -33,15 +33,24 @@ def test_unknown_names() -> None:
 
 def test_auto_takes_what_the_evidence_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "CPU_LIBRARY", True)
-    monkeypatch.setattr(backends, "EVIDENCE", {("softmax", "cpu"): ("cpu", "measured")})
-    assert backends.decide("softmax", "cpu", "auto") == ("cpu", "measured")
-    assert backends.decide("layer_norm", "cpu", "auto").kernel == "torch"
-    assert backends.decide("softmax", "mps", "auto").kernel == "torch"
-    assert backends.decide("layer_norm", "cpu", "auto", torch_lacks="this").kernel == "cpu"
-    choice = backends.decide("softmax", "cpu", "auto", unsupported="a kernel for float64")
+    monkeypatch.setattr(backends, "FASTER", {("softmax", torch.float32): "2x"})
+    choice = backends.decide("softmax", "cpu", torch.float32, "auto")
+    assert choice.kernel == "cpu" and "2x" in choice.reason
+    assert backends.decide("softmax", "cpu", torch.bfloat16, "auto").kernel == "torch"
+    assert backends.decide("layer_norm", "cpu", torch.float32, "auto").kernel == "torch"
+    assert backends.decide("softmax", "mps", torch.float32, "auto").kernel == "torch"
+    assert backends.decide("layer_norm", "cpu", torch.float32, "auto", torch_lacks="this").kernel == "cpu"
+    choice = backends.decide("softmax", "cpu", torch.float32, "auto", unsupported="a kernel for float64")
     assert choice.kernel == "torch" and "float64" in choice.reason
     monkeypatch.setattr(backends, "CPU_LIBRARY", False)
-    assert backends.decide("softmax", "cpu", "auto").kernel == "torch"
+    assert backends.decide("softmax", "cpu", torch.float32, "auto").kernel == "torch"
+
+
+def test_evidence_holds_for_the_level_it_was_measured_at() -> None:
+    assert "1.2x" in backends.faster_at("avx2")["softmax", torch.float32]
+    assert ("softmax", torch.bfloat16) not in backends.faster_at("avx2")
+    assert ("feed_forward", torch.bfloat16) not in backends.faster_at("avx512_bf16")
+    assert backends.faster_at("portable") == backends.faster_at("") == {}
 
 
 def test_a_request_that_cannot_be_met_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +63,7 @@ def test_a_request_that_cannot_be_met_says_why(monkeypatch: pytest.MonkeyPatch) 
         ("cuda", "cuda", "no CUDA C\\+\\+ kernels"),
     ):
         with pytest.raises(ValueError, match=reason):
-            backends.decide("softmax", device, request)
+            backends.decide("softmax", device, torch.float32, request)
     with pytest.raises(ValueError, match="can't run softmax: a kernel for torch"), fastformer.backend("triton"):
         monkeypatch.setattr(backends, "TRITON", True)
         monkeypatch.setattr(backends, "TRITON_INTERPRETED", True)

@@ -364,3 +364,12 @@ def test_errors(error: type, words: str, changes: dict) -> None:
     arguments = {"input": torch.ones(3, 4), "linear_weight": torch.ones(5, 4), "target": torch.tensor([0, 1, 2])}
     with fastformer.backend("cpu"), pytest.raises(error, match=words):
         F.linear_cross_entropy(**(arguments | changes))
+
+
+@needs_library
+def test_the_operator_on_no_rows() -> None:
+    x, w, y = torch.empty(0, 4), torch.randn(7, 4), torch.empty(0, dtype=torch.int64)
+    operator = torch.ops.fastformer.linear_cross_entropy_forward
+    loss, lse, grad_input, grad_weight, _ = operator(x, w, None, y, torch.empty(0), -100, 0.0, True)
+    assert loss == 0 and lse.shape == (0,) and grad_input.shape == x.shape
+    assert grad_weight.shape == w.shape and (grad_weight == 0).all()

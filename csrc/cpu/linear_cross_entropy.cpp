@@ -58,8 +58,7 @@ Gradients no_gradients(const Tensor& like) { return {no_result(like), no_result(
 
 // Takes the rows chunk by chunk: their logits and losses, and with row_weight the products of the logits' gradients.
 Gradients for_chunks(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                     CrossEntropyRows args) {
-  const bool gradients = args.row_weight != nullptr;
+                     CrossEntropyRows args, bool gradients) {
   const int64_t N = input.size(0), C = input.size(1), V = weight.size(0);
   dtype_of(input, "input");  // an error for any other
   const ScalarType dtype = input.scalar_type(), product = products_in(dtype);
@@ -120,7 +119,7 @@ Result losses_of(const Tensor& input, const Tensor& weight, const std::optional<
   args.lse = mutable_pointer<float>(lse);
   args.ignore_index = ignore_index;
   args.label_smoothing = static_cast<float>(label_smoothing);
-  return {losses, lse, for_chunks(input, weight, bias, args)};
+  return {losses, lse, for_chunks(input, weight, bias, args, row_weight.has_value())};
 }
 
 // sum(row_weight * losses), in double and in order.

@@ -147,8 +147,7 @@ def choice(
         lacks = "causal mask aligned to the bottom right"
     elif is_causal and mask is not None:
         lacks = "is_causal together with a mask"
-    device, request = query.device.type, backends.requested()
-    return backends.choose("attention", device, request, unsupported=unsupported, torch_lacks=lacks)
+    return backends.choose("attention", query, unsupported=unsupported, torch_lacks=lacks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, mask_name: str) -> None:

@@ -56,7 +56,7 @@ def feed_forward(
 def choice(tensors: Sequence[Tensor | None], dropout_p: float) -> backends.Choice:
     """The kernel for these tensors, the first of which is the input."""
     unsupported = _common.unsupported(*tensors) or ("dropout in the hidden layer" if dropout_p > 0 else "")
-    return backends.choose("feed_forward", tensors[0].device.type, backends.requested(), unsupported=unsupported)
+    return backends.choose("feed_forward", tensors[0], unsupported=unsupported)
 
 
 def _check(

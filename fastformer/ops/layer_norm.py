@@ -56,7 +56,7 @@ def layer_norm(
 def choice(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> backends.Choice:
     """The kernel for these arguments."""
     unsupported = _common.unsupported(input, weight, bias)
-    return backends.choose("layer_norm", input.device.type, backends.requested(), unsupported=unsupported)
+    return backends.choose("layer_norm", input, unsupported=unsupported)
 
 
 def _check(

@@ -81,7 +81,7 @@ def linear_cross_entropy(
 
 def choice(input: Tensor, unsupported: str) -> backends.Choice:
     """The kernel for this input; ``unsupported``: what our kernels lack for the call."""
-    return backends.choose("linear_cross_entropy", input.device.type, backends.requested(), unsupported=unsupported)
+    return backends.choose("linear_cross_entropy", input, unsupported=unsupported)
 
 
 def _check(

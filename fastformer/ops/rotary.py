@@ -29,7 +29,7 @@ def choice(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> backends.Cho
     unsupported = _common.unsupported(query, key, cos, sin)
     if not unsupported and _common.needs_grad(cos, sin):
         unsupported = "gradients by cos and sin"
-    return backends.choose("rotary", query.device.type, backends.requested(), unsupported=unsupported)
+    return backends.choose("rotary", query, unsupported=unsupported)
 
 
 def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -37,7 +37,7 @@ def choice(input: Tensor, last: bool, scale: float, mask: Tensor | None, is_caus
         unsupported = "a kernel for tensors without dimensions"
     if not unsupported and not last and backends.requested() == "auto":
         unsupported = "a kernel along any but the last dimension"
-    return backends.choose("softmax", input.device.type, backends.requested(), unsupported=unsupported)
+    return backends.choose("softmax", input, unsupported=unsupported)
 
 
 def autocast_to_float(input: Tensor) -> bool:
