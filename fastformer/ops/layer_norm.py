@@ -33,7 +33,7 @@ def layer_norm(
     if residual is not None and residual.dtype != input.dtype:  # under autocast
         dtype = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(dtype), residual.to(dtype)
-    kernel = choice(input, weight, bias).kernel
+    kernel = choice(input, weight, bias, residual, rms).kernel
     if kernel == "torch":
         return _torch(input, shape, weight, bias, eps, residual, rms)
     rows = input.shape
@@ -53,10 +53,12 @@ def layer_norm(
     return normed.view(rows), summed.view(rows) if residual is not None else summed.reshape(rows)
 
 
-def choice(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> backends.Choice:
+def choice(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rms: bool
+) -> backends.Choice:
     """The kernel for these arguments."""
-    unsupported = _common.unsupported(input, weight, bias)
-    return backends.choose("layer_norm", input, unsupported=unsupported)
+    form = "rms_norm" if rms else "layer_norm" if residual is None else "add_layer_norm"
+    return backends.choose(form, input, unsupported=_common.unsupported(input, weight, bias))
 
 
 def _check(
