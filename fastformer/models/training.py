@@ -228,7 +228,8 @@ def train(trainer: Trainer, path: Path, limits: Limits, *, save_every: int = 100
             if fraction >= 1 or trainer.steps_done % save_every == 0:
                 held_out = trainer.held_out_loss()
                 save(path, trainer.checkpoint())
-            bar.set_postfix_str(f"step {trainer.steps_done} loss {loss:.3f} held-out {held_out:.3f}", refresh=False)
+            measured = "" if math.isnan(held_out) else f" held-out {held_out:.3f}"
+            bar.set_postfix_str(f"step {trainer.steps_done} loss {loss:.3f}{measured}", refresh=False)
             bar.update(min(fraction, 1.0) - bar.n)
     return held_out
 
