@@ -113,3 +113,17 @@ def awkward(target: Target, *shape: int, scale: float = 1.0) -> Tensor:
     """Values in a tensor that is not contiguous and starts inside its storage, its last stride 2."""
     wide = tensor(target, *shape[:-1], 2 * shape[-1] + 1, scale=scale)
     return wide[..., 1::2]
+
+
+LAYOUTS = ("contiguous", "awkward", "transposed", "expanded")
+
+
+def laid_out(target: Target, layout: str, *shape: int) -> Tensor:
+    """Values in one of LAYOUTS: as ``awkward``, the last two dimensions swapped in memory, or the first of stride 0."""
+    if layout == "awkward":
+        return awkward(target, *shape)
+    if layout == "transposed":
+        return tensor(target, *shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+    if layout == "expanded":
+        return tensor(target, 1, *shape[1:]).expand(shape)
+    return tensor(target, *shape)

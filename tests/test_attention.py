@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, TARGETS, Target, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, TARGETS, Target, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -239,11 +239,15 @@ def test_threads_change_nothing(target: Target) -> None:
     shape=st.tuples(*(st.integers(1, n) for n in (2, 2, 2, 40, 40, 20, 20))),
     causal=st.sampled_from(["no", "top left", "bottom right"]),
     masked=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from(KERNEL_TARGETS),
 )
-def test_any_shape(shape: tuple[int, ...], causal: str, masked: bool, target: Target) -> None:
+def test_any_shape(shape: tuple[int, ...], causal: str, masked: bool, layout: str, target: Target) -> None:
     batch, groups, kv_heads, seqlen_q, seqlen_k, head_dim, value_dim = shape
+    seen_by_the_last_query = min(seqlen_q, seqlen_k) if causal == "top left" else seqlen_k
+    assume(seen_by_the_last_query > 1)  # see test_a_query_that_sees_one_key
     query, key, value = inputs(target, batch, groups * kv_heads, kv_heads, seqlen_q, seqlen_k, head_dim, value_dim)
+    key = laid_out(target, layout, *key.shape)
     mask = torch.randn(seqlen_q, seqlen_k, device=target.device) if masked else None
     options = {"is_causal": causal != "no", "bottom_right": causal == "bottom right"}
     check_attention(target, query, key, value, mask, with_lse=False, **options)
@@ -285,6 +289,17 @@ def test_triton_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch: p
     query, key, value = (torch.randn(1, 1, 2, 4, requires_grad=True) for _ in range(3))
     with fastformer.backend("triton"):
         attention(query, key, value)[0].sum().backward()
+
+
+@on_kernels
+def test_a_query_that_sees_one_key(target: Target) -> None:
+    """Its weight is 1 whatever the score, so query and key have no gradient but what rounding leaves of equal sums."""
+    query, key, value = (x.requires_grad_() for x in inputs(target, 1, 1, 1, 1, 1, 16, 16))
+    with fastformer.backend(target.backend):
+        output, _ = attention(query, key, value)
+        grads = torch.autograd.grad(output.sum(), (query, key, value))
+    assert torch.equal(output, value) and (grads[2] == 1).all()
+    assert all(grad.abs().max() <= 16 * torch.finfo(target.dtype).eps for grad in grads[:2])
 
 
 @on_kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, Target, awkward, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -113,10 +113,14 @@ def test_no_rows(target: Target, gated: bool) -> None:
     C2=st.integers(1, 20),
     activation=st.sampled_from(ACTIVATIONS),
     gated=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from(KERNEL_TARGETS),
 )
-def test_any_shape(rows: int, C: int, hidden: int, C2: int, activation: str, gated: bool, target: Target) -> None:
-    inputs = arguments(target, (rows,), C, hidden, C2, gated=gated)
+def test_any_shape(
+    rows: int, C: int, hidden: int, C2: int, activation: str, gated: bool, layout: str, target: Target
+) -> None:
+    _, *weights = arguments(target, (rows,), C, hidden, C2, gated=gated)
+    inputs = [laid_out(target, layout, rows, C), *weights]
     with fastformer.backend(target.backend):
         y = layer(activation)(*inputs)
     exact = reference.feed_forward(*inputs[:5], activation=activation, weight_gate=inputs[5])

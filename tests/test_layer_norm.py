@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as torch_functional
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, Target, awkward, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -128,11 +128,12 @@ def test_nan_spreads_over_its_row_only(target: Target) -> None:
     cols=st.integers(2, 150),
     rms=st.booleans(),
     add=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from([target for target in KERNEL_TARGETS if not target.slow] or KERNEL_TARGETS),
 )
-def test_any_shape(rows: int, cols: int, rms: bool, add: bool, target: Target) -> None:
+def test_any_shape(rows: int, cols: int, rms: bool, add: bool, layout: str, target: Target) -> None:
     residual = tensor(target, rows, cols) if add else None
-    check_norm(target, tensor(target, rows, cols), residual=residual, weight=tensor(target, cols), rms=rms)
+    check_norm(target, laid_out(target, layout, rows, cols), residual=residual, weight=tensor(target, cols), rms=rms)
 
 
 def test_backward_is_bitwise_the_same_for_any_number_of_threads() -> None:

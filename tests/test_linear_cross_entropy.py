@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as torch_functional
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, Target, awkward, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -178,10 +178,12 @@ def test_huge_logits(target: Target) -> None:
     V=st.integers(1, 150),
     bias=st.booleans(),
     label_smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from(KERNEL_TARGETS),
 )
-def test_any_shape(rows: int, C: int, V: int, bias: bool, label_smoothing: float, target: Target) -> None:
-    inputs, indices = layer(target, rows, C, V, bias=bias), targets_of(target, rows, V)
+def test_any_shape(rows: int, C: int, V: int, bias: bool, label_smoothing: float, layout: str, target: Target) -> None:
+    _, *weights = layer(target, rows, C, V, bias=bias)
+    inputs, indices = [laid_out(target, layout, rows, C), *weights], targets_of(target, rows, V)
     options = {"reduction": "none", "label_smoothing": label_smoothing}
     with fastformer.backend(target.backend):
         losses = loss(indices, **options)(*inputs)

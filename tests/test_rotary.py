@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, Target, awkward, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -76,11 +76,13 @@ def test_empty(target: Target, B: int, H: int, S: int, D: int) -> None:
     R=st.integers(0, 40),
     rest=st.integers(0, 5),
     interleaved=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from(KERNEL_TARGETS),
 )
-def test_any_shape(B: int, H: int, S: int, R: int, rest: int, interleaved: bool, target: Target) -> None:
+def test_any_shape(B: int, H: int, S: int, R: int, rest: int, interleaved: bool, layout: str, target: Target) -> None:
     D = max(2 * R + rest, 1)
-    check_rotary(target, tensor(target, B, H, S, D), tensor(target, B, 1, S, D), *angles(target, S, R), interleaved)
+    query = laid_out(target, layout, B, H, S, D)
+    check_rotary(target, query, tensor(target, B, 1, S, D), *angles(target, S, R), interleaved)
 
 
 @on_kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, Target, awkward, check, on_kernels, on_targets, tensor
+from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -112,10 +112,11 @@ def test_other_dimensions_and_dtype(target: Target) -> None:
     cols=st.integers(1, 150),
     causal=st.booleans(),
     scale=st.floats(-3, 3),
+    layout=st.sampled_from(LAYOUTS),
     target=st.sampled_from(KERNEL_TARGETS),
 )
-def test_any_shape(rows: int, cols: int, causal: bool, scale: float, target: Target) -> None:
-    check_softmax(target, tensor(target, rows, cols), is_causal=causal, scale=scale)
+def test_any_shape(rows: int, cols: int, causal: bool, scale: float, layout: str, target: Target) -> None:
+    check_softmax(target, laid_out(target, layout, rows, cols), is_causal=causal, scale=scale)
 
 
 @on_kernels
