@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
 
 // Rows whose sums of grad_weight and grad_bias make one partial sum: fixed, so that the order of additions, and with it
 // every bit of the result, doesn't depend on the number of threads.
-constexpr int64_t kRowsPerPartial = 128;
+constexpr int64_t kRowsPerPartial = 64;
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output,
                                                        const std::optional<Tensor>& grad_summed, const Tensor& summed,
