@@ -69,9 +69,11 @@ def cache_bytes(device: torch.device) -> int:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a reader needs to judge the numbers, or to repeat them."""
-    processor = f"{_processor()}, {torch.get_num_threads()} threads, torch at {torch.backends.cpu.get_cpu_capability()}"
+    processor = (
+        f"{processor_name()}, {torch.get_num_threads()} threads, torch at {torch.backends.cpu.get_cpu_capability()}"
+    )
     facts = {
-        "processor": f"{processor}, fastformer at {_cpu_isa()}",
+        "processor": f"{processor}, fastformer at {backends.CPU_LEVEL or 'none (not built)'}",
         "system": platform.platform(),
         "versions": f"fastformer {fastformer.__version__}{_commit()}, {_versions()}",
     }
@@ -82,17 +84,13 @@ def environment(device: torch.device) -> dict[str, str]:
     return facts
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the system calls its processor."""
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cpu_isa() -> str:
-    """The instruction-set level of our CPU kernels; there are none where no C++ compiler was found."""
-    return torch.ops.fastformer.cpu_isa() if backends.CPU_LIBRARY else "none (not built)"
 
 
 def _versions() -> str:

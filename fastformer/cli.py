@@ -188,11 +188,13 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _env(options: argparse.Namespace) -> int:
+    from fastformer.benchmarks.machine import processor_name
+
     lines = {
         "fastformer": f"{fastformer.__version__} in {Path(fastformer.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "processor": f"{_processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads",
+        "processor": f"{processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads",
         "C++ kernels (CPU)": _cpu_library(),
         "GPU": _gpu(),
         "Triton kernels": _triton(),
@@ -205,21 +207,13 @@ def _env(options: argparse.Namespace) -> int:
     return 0
 
 
-def _processor() -> str:
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _cpu_library() -> str:
     if not backends.CPU_LIBRARY:
         return (
             "missing; CPU tensors run torch's own kernels. Install a C++ compiler (g++ or clang++), then:"
             " pip install --force-reinstall --no-deps --no-build-isolation fastformer"
         )
-    return f"instruction-set level {torch.ops.fastformer.cpu_isa()} (FASTFORMER_CPU_ISA lowers it)"
+    return f"instruction-set level {backends.CPU_LEVEL} (FASTFORMER_CPU_ISA lowers it)"
 
 
 def _gpu() -> str:

@@ -30,8 +30,3 @@ def schemas() -> list[str]:
     source = (_FOLDER / "ops.cpp").read_text()
     definitions = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', source)
     return ["".join(re.findall(r'"([^"]*)"', literals)) for literals in definitions]
-
-
-def operator_names() -> list[str]:
-    """The operators' names, those with kernels: all but ``cpu_isa``."""
-    return [schema.split("(")[0] for schema in schemas() if not schema.startswith("cpu_isa")]

@@ -50,6 +50,9 @@ TARGETS = _targets()
 #: The targets that run our own kernels.
 KERNEL_TARGETS = [target for target in TARGETS if target.backend not in ("torch", "reference")]
 
+#: Marks what tests the C++ kernels.
+needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="built without a C++ compiler")
+
 on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 on_kernels = pytest.mark.parametrize("target", KERNEL_TARGETS, ids=str)
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, TARGETS, Target, check, laid_out, on_kernels, on_targets, tensor
+from support import (
+    KERNEL_TARGETS,
+    LAYOUTS,
+    TARGETS,
+    Target,
+    check,
+    laid_out,
+    needs_library,
+    on_kernels,
+    on_targets,
+    tensor,
+)
 from torch import Tensor
 
 import fastformer
@@ -17,7 +28,6 @@ from fastformer import backends, reference
 from fastformer.ops.attention import attention
 
 FAST_TARGETS = [target for target in KERNEL_TARGETS if not target.slow]
-needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
 on_fast_kernels = pytest.mark.parametrize("target", FAST_TARGETS, ids=str)
 
 

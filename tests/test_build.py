@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import needs_library
 
 from fastformer import backends, library
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "fastformer" / "lib" / "libfastformer_cpu.so"
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-
-needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="built without a C++ compiler")
 
 
 def nm(*arguments: str) -> list[str]:

@@ -6,15 +6,25 @@ import torch
 import torch.nn.functional as torch_functional
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
+from support import (
+    KERNEL_TARGETS,
+    LAYOUTS,
+    Target,
+    awkward,
+    check,
+    laid_out,
+    needs_library,
+    on_kernels,
+    on_targets,
+    tensor,
+)
 from torch import Tensor
 
 import fastformer
 import fastformer.functional as F
-from fastformer import backends, reference
+from fastformer import reference
 
 CPU = Target("cpu", "cpu", torch.float32)
-needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
 
 
 def targets_of(target: Target, rows: int, classes: int, ignored: int = -100) -> Tensor:

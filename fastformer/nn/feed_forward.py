@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 
 from fastformer import functional as F
 from fastformer.nn.fusion import is_plain
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from fastformer.ops.feed_forward import ACTIVATIONS
 
 
 class FeedForward(Module):
