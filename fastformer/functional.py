@@ -124,6 +124,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """torch's attention, ``softmax(scale * query key^T + mask) value``, without ever holding the weights.
@@ -139,6 +142,10 @@ def scaled_dot_product_attention(
         is_causal: query i attends to keys j <= i, or j <= i + Sk - Sq, by ``causal_alignment``.
         scale: 1 / sqrt(D) if None.
         causal_alignment: "top_left" (torch's) or "bottom_right" (the last query sees every key).
+        window: (left, right): query i sees keys i - left to i + right only, i placed among the keys by
+            ``causal_alignment``; None for no bound.
+        softcap: c > 0: the scores become c tanh(scores / c) before masking (Gemma 2, arXiv 2408.00118).
+        sinks: [H], for each head one more score in the softmax's sum, without a value (arXiv 2309.17453).
         return_lse: return (output, lse) with the rows' log-sum-exp [..., H, Sq] in float32, natural logarithm.
 
     Returns:
@@ -147,7 +154,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device.
     """
-    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment, return_lse)
+    extras = (causal_alignment, window, softcap, sinks, return_lse)
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *extras)
 
 
 def feed_forward(

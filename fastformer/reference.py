@@ -23,8 +23,26 @@ def causal_mask(
     seqlen_q: int, seqlen_k: int, *, bottom_right: bool = False, device: torch.device | None = None
 ) -> Tensor:
     """bool [seqlen_q, seqlen_k], True where query i may attend key j <= i (+ seqlen_k - seqlen_q if bottom_right)."""
+    return window_mask(seqlen_q, seqlen_k, None, 0, bottom_right=bottom_right, device=device)
+
+
+def window_mask(
+    seqlen_q: int,
+    seqlen_k: int,
+    left: int | None,
+    right: int | None,
+    *,
+    bottom_right: bool = False,
+    device: torch.device | None = None,
+) -> Tensor:
+    """bool [seqlen_q, seqlen_k], True where query i may attend key j: p - left <= j <= p + right, None for no bound.
+
+    p is i, or i + seqlen_k - seqlen_q if bottom_right.
+    """
     offset = seqlen_k - seqlen_q if bottom_right else 0
-    return torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device).tril(offset)
+    mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    mask = mask if right is None else mask.tril(offset + right)
+    return mask if left is None else mask.triu(offset - left)
 
 
 def softmax(input: Tensor, *, scale: float = 1.0, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -69,19 +87,27 @@ def attention(
     scale: float | None = None,
     is_causal: bool = False,
     bottom_right: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output, lse): softmax(scale * query key^T + mask) value, and the log-sum-exp of each row."""
+    """(output, lse): softmax(scores + mask) value with scores = scale * query key^T, and the log-sum-exp of each row.
+
+    softcap c: scores become c tanh(scores / c). sinks [H]: one more score for each row of a head, without a value.
+    """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     groups = query.shape[-3] // key.shape[-3]
     key, value = (x.double().repeat_interleave(groups, dim=-3) for x in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
     if is_causal:
         visible = causal_mask(*scores.shape[-2:], bottom_right=bottom_right, device=scores.device)
         scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)), -1)
     weights, lse = _masked_softmax(scores)
-    return weights @ value, lse
+    return weights[..., : key.shape[-2]] @ value, lse
 
 
 def feed_forward(
@@ -145,6 +171,5 @@ def _masked_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     empty = peak == -math.inf
     exponentials = torch.exp(scores - peak.masked_fill(empty, 0.0))
     total = exponentials.sum(-1, keepdim=True)
-    weights = exponentials / total.masked_fill(total == 0, 1.0)
-    lse = torch.log(total) + peak
-    return weights, lse.squeeze(-1)
+    total = total.masked_fill(total == 0, 1.0)  # where every element is masked, and peak is -inf
+    return exponentials / total, (torch.log(total) + peak).squeeze(-1)

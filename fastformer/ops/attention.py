@@ -48,7 +48,7 @@ def attention(
     _check(query, key, value, mask, scale, "mask")
     if query.dim() != 4:
         raise ValueError(f"query has shape {tuple(query.shape)}, must have 4 dimensions")
-    return _attention(query, key, value, mask, 0.0, is_causal, scale, bottom_right, True)
+    return _attention(query, key, value, mask, 0.0, is_causal, scale, bottom_right, True, None)
 
 
 def scaled_dot_product_attention(
@@ -61,6 +61,9 @@ def scaled_dot_product_attention(
     scale: float | None,
     enable_gqa: bool,
     causal_alignment: str,
+    window: tuple[int | None, int | None] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See functional.scaled_dot_product_attention."""
@@ -71,6 +74,15 @@ def scaled_dot_product_attention(
         raise ValueError(f"causal_alignment is {causal_alignment!r}, must be 'top_left' or 'bottom_right'")
     if query.dim() > 2 and key.shape[-3] not in (1, query.shape[-3]) and not enable_gqa:
         raise ValueError(f"key has {key.shape[-3]} heads and query {query.shape[-3]}, must be equal without enable_gqa")
+    bottom_right = causal_alignment == "bottom_right"
+    if window is not None:
+        attn_mask = _within(window, attn_mask, query, key, bottom_right)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}, must be positive and finite")
+    if sinks is not None:
+        _common.check_tensor("sinks", sinks)
+        _common.check_shape("sinks", sinks, query.shape[-3:-2])
+        _common.check_like("sinks", sinks, "query", query, dtype=False)
     # The kernels have four dimensions: [..., heads, length, width] is viewed as [batch, heads, length, width].
     leading = query.shape[:-3]
     if query.dim() > 4:
@@ -80,8 +92,12 @@ def scaled_dot_product_attention(
     missing = max(0, 4 - query.dim())
     for _ in range(missing):
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-    bottom_right = causal_alignment == "bottom_right"
-    output, lse = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale, bottom_right, return_lse)
+    if sinks is None:
+        options = (dropout_p, is_causal, scale, bottom_right, return_lse, softcap)
+        output, lse = _attention(query, key, value, attn_mask, *options)
+    else:
+        options = (dropout_p, is_causal, scale, bottom_right, True, softcap)
+        output, lse = _with_sinks(*_attention(query, key, value, attn_mask, *options), sinks)
     if missing:
         output, lse = (x[(0,) * missing] if x is not None else None for x in (output, lse))
     elif len(leading) > 1:
@@ -99,6 +115,7 @@ def _attention(
     scale: float | None,
     bottom_right: bool,
     return_lse: bool,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor | None]:
     """On checked tensors of four dimensions. The lse is None where torch's function, which has none, was enough."""
     low = _common.autocast_dtype(query)
@@ -109,15 +126,15 @@ def _attention(
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
     bottom_right = bottom_right and is_causal and query.shape[-2] != key.shape[-2]
-    kernel = choice(query, value, mask, dropout_p, is_causal, bottom_right, return_lse).kernel
+    kernel = choice(query, value, mask, dropout_p, is_causal, bottom_right, return_lse, softcap).kernel
     if kernel == "torch":
-        if return_lse:
-            return _composed(query, key, value, mask, scale, is_causal, bottom_right, dropout_p)
+        if return_lse or softcap is not None:
+            return _composed(query, key, value, mask, scale, is_causal, bottom_right, dropout_p, softcap)
         return _torch(query, key, value, mask, scale, is_causal, bottom_right, dropout_p), None
     if kernel == "reference":
         if dropout_p > 0:
             raise ValueError(f"dropout_p is {dropout_p}, must be 0 for backend 'reference'")
-        options = {"scale": scale, "is_causal": is_causal, "bottom_right": bottom_right}
+        options = {"scale": scale, "is_causal": is_causal, "bottom_right": bottom_right, "softcap": softcap}
         output, lse = reference.attention(query, key, value, mask, **options)
         return output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
     record = _common.needs_grad(query, key, value, mask)
@@ -133,11 +150,14 @@ def choice(
     is_causal: bool,
     bottom_right: bool,
     return_lse: bool,
+    softcap: float | None,
 ) -> backends.Choice:
     """The kernel for these arguments."""
     unsupported = _common.unsupported(query, mask)
     if not unsupported and dropout_p > 0:
         unsupported = "dropout"
+    if not unsupported and softcap is not None:
+        unsupported = "softcap"
     if not unsupported and not (1 <= query.shape[-1] <= MAX_WIDTH and 1 <= value.shape[-1] <= MAX_WIDTH):
         unsupported = f"head_dim {query.shape[-1]} and value width {value.shape[-1]}, only 1 to {MAX_WIDTH}"
     lacks = ""
@@ -148,6 +168,28 @@ def choice(
     elif is_causal and mask is not None:
         lacks = "is_causal together with a mask"
     return backends.choose("attention", query, unsupported=unsupported, torch_lacks=lacks)
+
+
+def _within(
+    window: tuple[int | None, int | None], mask: Tensor | None, query: Tensor, key: Tensor, bottom_right: bool
+) -> Tensor:
+    """The mask with what lies outside the window masked too."""
+    bounds = tuple(window) if isinstance(window, tuple | list) else ()
+    if len(bounds) != 2 or any(x is not None and (not isinstance(x, int) or x < 0) for x in bounds):
+        raise ValueError(f"window is {window!r}, must be (left, right), each None or an int that is not negative")
+    visible = reference.window_mask(
+        query.shape[-2], key.shape[-2], *bounds, bottom_right=bottom_right, device=query.device
+    )
+    if mask is None:
+        return visible
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -math.inf)
+
+
+def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(output, lse) of rows with one more score, the head's sink, which has no value."""
+    sinks = sinks.to(lse.dtype).unsqueeze(-1)  # [H, 1]
+    share = torch.sigmoid(lse - sinks)  # what the sink leaves to the keys
+    return (output * share.unsqueeze(-1)).to(output.dtype), torch.logaddexp(lse, sinks)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, mask_name: str) -> None:
@@ -213,6 +255,7 @@ def _composed(
     is_causal: bool,
     bottom_right: bool,
     dropout_p: float = 0.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, lse) by torch's differentiable functions, in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -220,6 +263,7 @@ def _composed(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query.to(dtype) @ key.to(dtype).mT * scale  # [B, H, Sq, Sk]
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
     if is_causal:
