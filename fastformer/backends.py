@@ -17,6 +17,9 @@ import torch
 
 from fastformer import library
 
+#: Element types that our kernels have; torch's own functions take the rest.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 NAMES = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 
 #: The instruction-set level of the C++ kernels for the CPU; empty if this installation was built without them.
@@ -34,6 +37,7 @@ class Measurement(NamedTuple):
     levels: tuple[str, ...]  # instruction-set levels
     dtypes: tuple[torch.dtype, ...]
     speedup: str  # over torch's own kernel, forward and with backward
+    least: tuple[int, int] = (0, 0)  # elements of the input (or key) from which it is so: without, with gradients
 
 
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -41,21 +45,24 @@ _TOP, _AVX512, _AVX2 = ("avx512_bf16",), ("avx512", "avx512_bf16"), ("avx2",)
 #: Two cores of a Zen 5 with torch 2.13.0, 2026-11-20: `fastformer bench --quick`, the same sizes in float16, and in
 #: float32 with both sides held to AVX2. Not listed, because torch's is as fast or faster: feed_forward in bfloat16
 #: (0.95x to 1.02x), layer_norm (0.84x to 1.3x) and add_layer_norm (0.86x to 1.1x) in float32. rms_norm is measured
-#: without a residual, and stands for both.
+#: without a residual, and stands for both. Below the sizes in ``least`` a call's fixed cost decides, where torch's own
+#: has less: one thread, 8 to 512 rows of 64 and 768.
 EVIDENCE = (
-    Measurement("softmax", _AVX512, (_FP32, _FP16), "0.9x to 4.5x"),
-    Measurement("softmax", _TOP, (_BF16,), "1.2x to 5.6x"),
-    Measurement("softmax", _AVX2, (_FP32,), "1.2x"),
-    Measurement("layer_norm", _AVX512, (_FP16,), "1.6x to 1.9x"),
-    Measurement("layer_norm", _TOP, (_BF16,), "1.4x to 2.0x"),
-    Measurement("add_layer_norm", _AVX512, (_FP16,), "1.4x"),
-    Measurement("add_layer_norm", _TOP, (_BF16,), "1.6x to 2.0x"),
+    Measurement("softmax", _AVX512, (_FP32, _FP16), "0.9x to 4.5x", least=(16384, 65536)),
+    Measurement("softmax", _TOP, (_BF16,), "1.2x to 5.6x", least=(16384, 65536)),
+    Measurement("softmax", _AVX2, (_FP32,), "1.2x", least=(16384, 65536)),
+    Measurement("layer_norm", _AVX512, (_FP16,), "1.6x to 1.9x", least=(49152, 49152)),
+    Measurement("layer_norm", _TOP, (_BF16,), "1.4x to 2.0x", least=(49152, 49152)),
+    Measurement("add_layer_norm", _AVX512, (_FP16,), "1.4x", least=(32768, 32768)),
+    Measurement("add_layer_norm", _TOP, (_BF16,), "1.6x to 2.0x", least=(32768, 32768)),
     Measurement("rms_norm", _AVX512, (_FP32, _FP16), "2.1x to 23x"),
     Measurement("rms_norm", _TOP, (_BF16,), "4.8x to 7.4x"),
-    Measurement("attention", _AVX512, (_FP32, _FP16), "1.0x to 7x"),
+    Measurement("attention", _AVX512, (_FP32,), "1.0x to 7x", least=(2048, 4096)),
+    Measurement("attention", _AVX512, (_FP16,), "1.0x to 7x"),
     Measurement("attention", _TOP, (_BF16,), "3.7x to 14x"),
-    Measurement("attention", _AVX2, (_FP32,), "2.0x"),
-    Measurement("feed_forward", _AVX512, (_FP32, _FP16), "2.0x to 9x"),
+    Measurement("attention", _AVX2, (_FP32,), "2.0x", least=(2048, 4096)),
+    Measurement("feed_forward", _AVX512, (_FP32,), "2.0x to 9x"),
+    Measurement("feed_forward", _AVX512, (_FP16,), "2.0x to 9x", least=(4096, 0)),
     Measurement("linear_cross_entropy", _AVX512, (_FP32, _FP16), "1.3x to 9x"),
     Measurement("linear_cross_entropy", _TOP, (_BF16,), "0.9x to 1.1x, without the logits' memory"),
     Measurement("linear_cross_entropy", _AVX2, (_FP32,), "1.1x"),
@@ -65,9 +72,9 @@ EVIDENCE = (
 )
 
 
-def faster_at(level: str) -> dict[tuple[str, torch.dtype], str]:
-    """(operation, dtype) -> the measured speed-up of our CPU kernels at an instruction-set level."""
-    return {(row.operation, dtype): row.speedup for row in EVIDENCE if level in row.levels for dtype in row.dtypes}
+def faster_at(level: str) -> dict[tuple[str, torch.dtype], Measurement]:
+    """(operation, dtype) -> what was measured of our CPU kernels at an instruction-set level."""
+    return {(row.operation, dtype): row for row in EVIDENCE if level in row.levels for dtype in row.dtypes}
 
 
 #: What ``auto`` goes by on this machine.
@@ -98,15 +105,33 @@ class Explained(Exception):
 
 
 _explaining = False
+#: What ``decide`` said under the backend now asked for: to look it up takes 0.4 us, to decide 3.
+_decided: dict[tuple[str, str, torch.dtype, str, str, bool], str] = {}
 
 
-def choose(operation: str, tensor: torch.Tensor, *, unsupported: str = "", torch_lacks: str = "") -> Choice:
-    """``decide`` for a call on ``tensor`` under the backend now asked for; inside ``explain`` it ends in Explained."""
-    device, dtype = tensor.device.type, tensor.dtype
-    choice = decide(operation, device, dtype, _request, unsupported=unsupported, torch_lacks=torch_lacks)
-    if _explaining:
-        raise Explained(choice)
-    return choice
+def choose(
+    operation: str, tensor: torch.Tensor, *, unsupported: str = "", torch_lacks: str = "", record: bool = False
+) -> str:
+    """The kernel for a call on ``tensor`` under the backend now asked for; see ``decide``.
+
+    ``record``: autograd records the call. Inside ``explain`` it ends in Explained. Compiled code takes no notice of how
+    small a tensor is: it would be compiled once more for small ones, and spares the calls' cost anyway.
+    """
+    device, dtype = "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype
+    if torch.compiler.is_compiling():
+        return decide(operation, device, dtype, _request, unsupported=unsupported, torch_lacks=torch_lacks).kernel
+    measured = FASTER.get((operation, dtype))
+    small = measured is not None and tensor.numel() < measured.least[record]
+    key = (operation, device, dtype, unsupported, torch_lacks, small)
+    kernel = _decided.get(key)
+    if kernel is None or _explaining:
+        choice = decide(
+            operation, device, dtype, _request, unsupported=unsupported, torch_lacks=torch_lacks, small=small
+        )
+        if _explaining:
+            raise Explained(choice)
+        kernel = _decided[key] = choice.kernel
+    return kernel
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -133,7 +158,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def decide(
-    operation: str, device: str, dtype: torch.dtype, request: str, *, unsupported: str = "", torch_lacks: str = ""
+    operation: str,
+    device: str,
+    dtype: torch.dtype,
+    request: str,
+    *,
+    unsupported: str = "",
+    torch_lacks: str = "",
+    small: bool = False,
 ) -> Choice:
     """The kernel for one call, and why: a function of its arguments and of what this installation has.
 
@@ -143,12 +175,15 @@ def decide(
         request: one of NAMES.
         unsupported: what our kernels can't do here (a dtype, a size), or empty.
         torch_lacks: what torch's own function can't do here, or empty.
+        small: the tensors are below the size from which ours was measured to be faster.
 
     Raises:
         ValueError: the request names a kernel that can't do this.
     """
     if request in ("torch", "reference"):
         return Choice(request, "requested")
+    if not unsupported and dtype not in KERNEL_DTYPES:
+        unsupported = f"a kernel for {dtype}"
     if request != "auto":
         if not available(request, device):
             raise ValueError(f"backend {request!r} can't run {operation} on {device}: {_missing(request, device)}")
@@ -165,7 +200,11 @@ def decide(
         return Choice("torch", f"no measurement says that ours is faster on {device} in {dtype}")
     if not CPU_LIBRARY:
         return Choice("torch", _missing("cpu", device))
-    return Choice("cpu", f"measured {FASTER[operation, dtype]} as fast as torch's own, see fastformer/backends.py")
+    measured = FASTER[operation, dtype]
+    if small:
+        without, recorded = measured.least
+        return Choice("torch", f"ours is faster from {without} elements on, {recorded} with gradients")
+    return Choice("cpu", f"measured {measured.speedup} as fast as torch's own, see fastformer/backends.py")
 
 
 def _missing(kernel: str, device: str) -> str:
@@ -197,7 +236,9 @@ def requested() -> str:
 def set_backend(name: str) -> None:
     """Ask for a backend from now on, in the whole process: one of auto, triton, cuda, cpu, torch, reference."""
     global _request
-    _request = _checked(name, "name")
+    if name != _request:
+        _request = _checked(name, "name")
+        _decided.clear()
 
 
 class backend:

@@ -33,9 +33,15 @@ def test_unknown_names() -> None:
 
 def test_auto_takes_what_the_evidence_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "CPU_LIBRARY", True)
-    monkeypatch.setattr(backends, "FASTER", {("softmax", torch.float32): "2x"})
+    measured = backends.Measurement("softmax", ("portable",), (torch.float32,), "2x", least=(10, 20))
+    monkeypatch.setattr(backends, "FASTER", {("softmax", torch.float32): measured})
+    monkeypatch.setattr(backends, "_decided", {})
     choice = backends.decide("softmax", "cpu", torch.float32, "auto")
     assert choice.kernel == "cpu" and "2x" in choice.reason
+    assert "20 with gradients" in backends.decide("softmax", "cpu", torch.float32, "auto", small=True).reason
+    for size, without, recorded in ((9, "torch", "torch"), (10, "cpu", "torch"), (20, "cpu", "cpu")):
+        assert backends.choose("softmax", torch.ones(size)) == without
+        assert backends.choose("softmax", torch.ones(size), record=True) == recorded
     assert backends.decide("softmax", "cpu", torch.bfloat16, "auto").kernel == "torch"
     assert backends.decide("layer_norm", "cpu", torch.float32, "auto").kernel == "torch"
     assert backends.decide("softmax", "mps", torch.float32, "auto").kernel == "torch"
@@ -47,7 +53,7 @@ def test_auto_takes_what_the_evidence_says(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_evidence_holds_for_the_level_it_was_measured_at() -> None:
-    assert "1.2x" in backends.faster_at("avx2")["softmax", torch.float32]
+    assert backends.faster_at("avx2")["softmax", torch.float32].speedup == "1.2x"
     assert ("softmax", torch.bfloat16) not in backends.faster_at("avx2")
     assert ("feed_forward", torch.bfloat16) not in backends.faster_at("avx512_bf16")
     assert backends.faster_at("portable") == backends.faster_at("") == {}

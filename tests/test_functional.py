@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 
+import fastformer
 import fastformer.functional as F
 from fastformer import nn
 
@@ -62,3 +63,36 @@ print(seconds)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 1.0
+
+
+def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose checks are the kernels' own; anything unusual is checked the careful way, as the tests of errors show."""
+    from fastformer import backends
+    from fastformer.ops import attention, feed_forward, layer_norm, rotary, softmax
+
+    def careful(*args: object) -> None:
+        raise AssertionError("checked the careful way")
+
+    for operation in (attention, feed_forward, layer_norm, rotary, softmax):
+        monkeypatch.setattr(operation, "_check", careful)
+    x, row, head = torch.randn(2, 3, 4, 8), torch.ones(8), torch.randn(4, 4)
+    matrix = torch.randn(8, 8)
+    calls = [
+        lambda: F.softmax(x, -1),
+        lambda: F.layer_norm(x, (8,), row, row),
+        lambda: F.rms_norm(x, (8,), row),
+        lambda: F.add_layer_norm(x, x, (8,), row, row),
+        lambda: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], torch.ones(4, 4).bool(), enable_gqa=True),
+        lambda: F.feed_forward(x, matrix, row, matrix, None, weight_gate=matrix),
+        lambda: F.rotary(x, x, head, head),
+    ]
+    for backend in ("cpu",) if backends.CPU_LIBRARY else ():
+        for call in calls:
+            with fastformer.backend(backend):
+                call()
+    for call in calls[:5]:
+        with fastformer.backend("torch"):
+            call()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AssertionError):
+        calls[0]()

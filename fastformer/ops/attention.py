@@ -17,6 +17,7 @@ from fastformer.ops import _common
 
 #: The largest head_dim and value width of our kernels.
 MAX_WIDTH = 256
+_CAUSAL_AND_MASK = "is_causal together with a mask"
 
 
 def attention(
@@ -67,6 +68,14 @@ def scaled_dot_product_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See functional.scaled_dot_product_attention."""
+    torchs_own = causal_alignment == "top_left" and window is None and softcap is None and sinks is None
+    if torchs_own and not return_lse and dropout_p == 0 and _common.ordinary(query):
+        try:
+            output = _ordinary(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            if output is not None:
+                return output
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+            pass  # see _common.ordinary
     _check(query, key, value, attn_mask, scale, "attn_mask")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p}, must be in [0, 1]")
@@ -105,6 +114,38 @@ def scaled_dot_product_attention(
     return (output, lse) if return_lse else output
 
 
+def _ordinary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """The output, or None where it takes the careful way; see _common.ordinary."""
+    batch, heads, _, head_dim = query.shape
+    _, kv_heads, seqlen_k, _ = key.shape
+    *leading, value_width = value.shape
+    if key.shape != (batch, kv_heads, seqlen_k, head_dim) or leading != [batch, kv_heads, seqlen_k]:
+        return None  # torch's own function doesn't see every such mistake
+    if heads != kv_heads and not enable_gqa:
+        return None
+    if not 1 <= head_dim <= MAX_WIDTH or not 1 <= value_width <= MAX_WIDTH:
+        return None
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if not -math.inf < scale < math.inf:
+        return None
+    record = _common.needs_grad(query, key, value, mask)
+    lacks = "" if mask is None else _CAUSAL_AND_MASK * is_causal
+    kernel = backends.choose("attention", key, torch_lacks=lacks, record=record)
+    if kernel == "cpu":
+        return _forward(record, query, key, value, mask, scale, is_causal, False)[0]
+    if kernel == "torch" and mask is None and seqlen_k > 0:
+        return _torch(query, key, value, None, scale, is_causal, False, 0.0)
+    return None
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -126,33 +167,6 @@ def _attention(
     if scale is None:
         scale = 1 / math.sqrt(max(query.shape[-1], 1))
     bottom_right = bottom_right and is_causal and query.shape[-2] != key.shape[-2]
-    kernel = choice(query, value, mask, dropout_p, is_causal, bottom_right, return_lse, softcap).kernel
-    if kernel == "torch":
-        if return_lse or softcap is not None:
-            return _composed(query, key, value, mask, scale, is_causal, bottom_right, dropout_p, softcap)
-        return _torch(query, key, value, mask, scale, is_causal, bottom_right, dropout_p), None
-    if kernel == "reference":
-        if dropout_p > 0:
-            raise ValueError(f"dropout_p is {dropout_p}, must be 0 for backend 'reference'")
-        options = {"scale": scale, "is_causal": is_causal, "bottom_right": bottom_right, "softcap": softcap}
-        output, lse = reference.attention(query, key, value, mask, **options)
-        return output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
-    record = _common.needs_grad(query, key, value, mask)
-    operator = torch.ops.fastformer.attention_forward
-    return _common.call(operator, record, query, key, value, mask, scale, is_causal, bottom_right)
-
-
-def choice(
-    query: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    return_lse: bool,
-    softcap: float | None,
-) -> backends.Choice:
-    """The kernel for these arguments."""
     unsupported = _common.unsupported(query, mask)
     if not unsupported and dropout_p > 0:
         unsupported = "dropout"
@@ -166,8 +180,20 @@ def choice(
     elif bottom_right:
         lacks = "causal mask aligned to the bottom right"
     elif is_causal and mask is not None:
-        lacks = "is_causal together with a mask"
-    return backends.choose("attention", query, unsupported=unsupported, torch_lacks=lacks)
+        lacks = _CAUSAL_AND_MASK
+    record = _common.needs_grad(query, key, value, mask)
+    kernel = backends.choose("attention", key, unsupported=unsupported, torch_lacks=lacks, record=record)
+    if kernel == "torch":
+        if return_lse or softcap is not None:
+            return _composed(query, key, value, mask, scale, is_causal, bottom_right, dropout_p, softcap)
+        return _torch(query, key, value, mask, scale, is_causal, bottom_right, dropout_p), None
+    if kernel == "reference":
+        if dropout_p > 0:
+            raise ValueError(f"dropout_p is {dropout_p}, must be 0 for backend 'reference'")
+        options = {"scale": scale, "is_causal": is_causal, "bottom_right": bottom_right, "softcap": softcap}
+        output, lse = reference.attention(query, key, value, mask, **options)
+        return output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
+    return _forward(record, query, key, value, mask, scale, is_causal, bottom_right)
 
 
 def _within(
@@ -338,12 +364,13 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
         grad_output = torch.zeros_like(output)
     needs_grad_mask = mask is not None and ctx.needs_input_grad[3]
     with backends.backend(ctx.backend):
-        *grads, grad_mask = torch.ops.fastformer.attention_backward(
+        *grads, grad_mask = _backward_kernel(
             grad_output, grad_lse, query, key, value, mask, output, lse, *options, needs_grad_mask
         )
     grad_mask = grad_mask.sum_to_size(mask.shape).to(mask.dtype) if needs_grad_mask else None
     return *grads, grad_mask, None, None, None
 
 
-torch.library.register_autograd("fastformer::attention_forward", _backward, setup_context=_setup_context)
+_forward = _common.differentiable("attention_forward", _setup_context, _backward)
+_backward_kernel = _common.kernel("attention_backward")
 _common.register("attention", ["attention_forward", "attention_backward"])

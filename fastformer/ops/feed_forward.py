@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +31,14 @@ def feed_forward(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See functional.feed_forward for the arguments."""
+    if dropout_p == 0 and _common.ordinary(input):
+        try:
+            tensors = (input, weight1, bias1, weight_gate, weight2, bias2)
+            record = _common.needs_grad(*tensors)
+            if backends.choose("feed_forward", input, record=record) == "cpu":
+                return _forward(record, *tensors, activation, record)[0]
+        except (RuntimeError, TypeError, AttributeError):
+            pass  # see _common.ordinary
     _check(input, weight1, bias1, weight2, bias2, activation, weight_gate)
     dtype = _common.autocast_dtype(input)
     if dtype is not None:
@@ -40,7 +47,9 @@ def feed_forward(
             for x in (input, weight1, bias1, weight2, bias2, weight_gate)
         )
     tensors = (input, weight1, bias1, weight_gate, weight2, bias2)
-    kernel = choice(tensors, dropout_p).kernel
+    record = _common.needs_grad(*tensors)
+    unsupported = _common.unsupported(*tensors) or ("dropout in the hidden layer" if dropout_p > 0 else "")
+    kernel = backends.choose("feed_forward", input, unsupported=unsupported, record=record)
     if kernel == "torch":
         return _torch(*tensors, activation, dropout_p)
     if kernel == "reference" and dropout_p > 0:  # which has no random numbers
@@ -49,14 +58,7 @@ def feed_forward(
         return reference.feed_forward(
             input, weight1, bias1, weight2, bias2, activation=activation, weight_gate=weight_gate
         ).to(input.dtype)
-    record = _common.needs_grad(*tensors)
-    return _common.call(torch.ops.fastformer.feed_forward_forward, record, *tensors, activation, record)[0]
-
-
-def choice(tensors: Sequence[Tensor | None], dropout_p: float) -> backends.Choice:
-    """The kernel for these tensors, the first of which is the input."""
-    unsupported = _common.unsupported(*tensors) or ("dropout in the hidden layer" if dropout_p > 0 else "")
-    return backends.choose("feed_forward", tensors[0], unsupported=unsupported)
+    return _forward(record, *tensors, activation, record)[0]
 
 
 def _check(
@@ -178,8 +180,8 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     needs = ctx.needs_input_grad
     with backends.backend(ctx.backend):
         if not ctx.saved_hidden:  # computed once more, for less memory
-            _, hidden = torch.ops.fastformer.feed_forward_forward(*tensors, ctx.activation, True)
-        grads = torch.ops.fastformer.feed_forward_backward(
+            _, hidden = _forward(False, *tensors, ctx.activation, True)
+        grads = _backward_kernel(
             grad_output,
             input,
             weight1,
@@ -195,5 +197,6 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return *(grad if need else None for grad, need in zip(grads, needs)), None, None
 
 
-torch.library.register_autograd("fastformer::feed_forward_forward", _backward, setup_context=_setup_context)
+_forward = _common.differentiable("feed_forward_forward", _setup_context, _backward)
+_backward_kernel = _common.kernel("feed_forward_backward")
 _common.register("feed_forward", ["feed_forward_forward", "feed_forward_backward"])

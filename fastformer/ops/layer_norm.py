@@ -26,6 +26,17 @@ def layer_norm(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(normed, summed) of ``summed = input + residual``, or of the input itself, over its last dimensions."""
+    form = "rms_norm" if rms else "layer_norm" if residual is None else "add_layer_norm"
+    if _common.ordinary(input):
+        try:
+            alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
+            if alike and input.shape[-1:] == normalized_shape and -math.inf < eps < math.inf:
+                record = _common.needs_grad(input, residual, weight, bias)
+                kernel = backends.choose(form, input, record=record)
+                if kernel in _common.CHECKING:
+                    return _run(kernel, record, input, normalized_shape, weight, bias, eps, residual, rms)
+        except (RuntimeError, TypeError, AttributeError):
+            pass  # see _common.ordinary
     shape = tuple(normalized_shape) if not isinstance(normalized_shape, int) else (normalized_shape,)
     _check(input, shape, weight, bias, eps, residual)
     if autocast_to_float(input):
@@ -33,32 +44,34 @@ def layer_norm(
     if residual is not None and residual.dtype != input.dtype:  # under autocast
         dtype = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(dtype), residual.to(dtype)
-    kernel = choice(input, weight, bias, residual, rms).kernel
+    record = _common.needs_grad(input, residual, weight, bias)
+    kernel = backends.choose(form, input, unsupported=_common.unsupported(input, weight, bias), record=record)
+    return _run(kernel, record, input, shape, weight, bias, eps, residual, rms)
+
+
+def _run(
+    kernel: str,
+    record: bool,
+    input: Tensor,
+    shape: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    rms: bool,
+) -> tuple[Tensor, Tensor]:
     if kernel == "torch":
         return _torch(input, shape, weight, bias, eps, residual, rms)
-    rows = input.shape
     if len(shape) > 1:  # the kernels norm one dimension
-        input, residual = (None if x is None else x.flatten(-len(shape)) for x in (input, residual))
-        weight, bias = (None if x is None else x.flatten() for x in (weight, bias))
+        x, r = (None if x is None else x.flatten(-len(shape)) for x in (input, residual))
+        w, b = (None if x is None else x.flatten() for x in (weight, bias))
+        normed, summed = _run(kernel, record, x, (math.prod(shape),), w, b, eps, r, rms)
+        return normed.view(input.shape), input if residual is None else summed.view(input.shape)
     if kernel == "reference":
-        normed, summed = (
-            y.to(input.dtype) for y in reference.layer_norm(input, residual, weight, bias, eps=eps, rms=rms)
-        )
-    else:
-        record = _common.needs_grad(input, residual, weight, bias)
-        operator = torch.ops.fastformer.layer_norm_forward
-        normed, summed, _, _ = _common.call(operator, record, input, residual, weight, bias, eps, rms)
-        if residual is None:
-            summed = input
-    return normed.view(rows), summed.view(rows) if residual is not None else summed.reshape(rows)
-
-
-def choice(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, rms: bool
-) -> backends.Choice:
-    """The kernel for these arguments."""
-    form = "rms_norm" if rms else "layer_norm" if residual is None else "add_layer_norm"
-    return backends.choose(form, input, unsupported=_common.unsupported(input, weight, bias))
+        normed, summed = reference.layer_norm(input, residual, weight, bias, eps=eps, rms=rms)
+        return normed.to(input.dtype), summed.to(input.dtype)
+    normed, summed, _, _ = _forward(record, input, residual, weight, bias, eps, rms)
+    return normed, input if residual is None else summed
 
 
 def _check(
@@ -152,7 +165,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, 
         grad_input, grad_weight, grad_bias = _differentiable_backward(ctx, x, weight, bias, grad_output, grad_summed)
     else:
         with backends.backend(ctx.backend):
-            grad_input, grad_weight, grad_bias = torch.ops.fastformer.layer_norm_backward(
+            grad_input, grad_weight, grad_bias = _backward_kernel(
                 grad_output, grad_summed, x, weight, mean, rstd, bias is not None, ctx.rms
             )
         grad_weight = grad_weight if weight is not None else None
@@ -172,5 +185,6 @@ def _differentiable_backward(
     return grad_input, grad_weight, grad_bias
 
 
-torch.library.register_autograd("fastformer::layer_norm_forward", _backward, setup_context=_setup_context)
+_forward = _common.differentiable("layer_norm_forward", _setup_context, _backward)
+_backward_kernel = _common.kernel("layer_norm_backward")
 _common.register("layer_norm", ["layer_norm_forward", "layer_norm_backward"])

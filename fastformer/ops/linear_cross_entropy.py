@@ -35,7 +35,7 @@ def linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
     )
     unsupported = _unsupported(input, linear_weight, linear_bias, weight, label_smoothing, options, probabilities)
-    kernel = choice(input, unsupported).kernel
+    kernel = backends.choose("linear_cross_entropy", input, unsupported=unsupported)
     if kernel == "torch" and options is not None:
         return torch_functional.linear_cross_entropy(
             input,
@@ -71,17 +71,11 @@ def linear_cross_entropy(
     else:
         record = _common.needs_grad(rows, linear_weight, linear_bias)
         per_row = reduction == "none"
-        operator = torch.ops.fastformer.linear_cross_entropy_forward
         scalar_weight, save_grads = (None, False) if per_row else (row_weight, record)
-        loss = _common.call(operator, record, *arguments, scalar_weight, ignored, label_smoothing, save_grads)[0]
+        loss = _forward(record, *arguments, scalar_weight, ignored, label_smoothing, save_grads)[0]
         if per_row and row_weight is not None:
             loss = loss * row_weight
     return (loss.view(target.shape) if reduction == "none" else loss).to(loss_dtype)
-
-
-def choice(input: Tensor, unsupported: str) -> backends.Choice:
-    """The kernel for this input; ``unsupported``: what our kernels lack for the call."""
-    return backends.choose("linear_cross_entropy", input, unsupported=unsupported)
 
 
 def _check(
@@ -286,7 +280,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
     else:
         grad_losses = grad_loss.float() if row_weight is None else grad_loss * row_weight
         with backends.backend(ctx.backend):
-            grads = torch.ops.fastformer.linear_cross_entropy_backward(
+            grads = _backward_kernel(
                 grad_losses, input, weight, bias, target, lse, ctx.ignore_index, ctx.label_smoothing
             )
     grads = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad))
@@ -320,5 +314,6 @@ def _may_hand_over(grad_loss: Tensor) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1.0
 
 
-torch.library.register_autograd("fastformer::linear_cross_entropy_forward", _backward, setup_context=_setup_context)
+_forward = _common.differentiable("linear_cross_entropy_forward", _setup_context, _backward)
+_backward_kernel = _common.kernel("linear_cross_entropy_backward")
 _common.register("linear_cross_entropy", ["linear_cross_entropy_forward", "linear_cross_entropy_backward"])

@@ -13,23 +13,25 @@ from fastformer.ops import _common
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """See functional.rotary for the arguments."""
+    if _common.ordinary(query):
+        try:
+            dtypes = cos.dtype == sin.dtype and cos.dtype in (torch.float32, query.dtype)
+            if dtypes and not _common.needs_grad(cos, sin) and backends.choose("rotary", query) == "cpu":
+                return _forward(_common.needs_grad(query, key), query, key, cos, sin, interleaved)
+        except (RuntimeError, TypeError, AttributeError):
+            pass  # see _common.ordinary
     _check(query, key, cos, sin)
-    kernel = choice(query, key, cos, sin).kernel
+    unsupported = _common.unsupported(query, key, cos, sin)
+    if not unsupported and _common.needs_grad(cos, sin):
+        unsupported = "gradients by cos and sin"
+    record = _common.needs_grad(query, key)
+    kernel = backends.choose("rotary", query, unsupported=unsupported, record=record)
     if kernel == "torch":
         return _torch(query, cos, sin, interleaved), _torch(key, cos, sin, interleaved)
     if kernel == "reference":
         turned_query, turned_key = reference.rotary(query, key, cos, sin, interleaved=interleaved)
         return turned_query.to(query.dtype), turned_key.to(key.dtype)
-    record = _common.needs_grad(query, key)
-    return _common.call(torch.ops.fastformer.rotary_forward, record, query, key, cos, sin, interleaved)
-
-
-def choice(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> backends.Choice:
-    """The kernel for these arguments."""
-    unsupported = _common.unsupported(query, key, cos, sin)
-    if not unsupported and _common.needs_grad(cos, sin):
-        unsupported = "gradients by cos and sin"
-    return backends.choose("rotary", query, unsupported=unsupported)
+    return _forward(record, query, key, cos, sin, interleaved)
 
 
 def _check(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -85,13 +87,18 @@ def _turn_by(name: str) -> Any:
 
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         with backends.backend(ctx.backend):
-            turned = getattr(torch.ops.fastformer, name)(grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved)
+            record = _common.needs_grad(grad_query, grad_key)
+            turned = _turn[name](record, grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved)
         return *turned, None, None, None
 
     return backward
 
 
-for _name, _inverse in (("rotary_forward", "rotary_backward"), ("rotary_backward", "rotary_forward")):
+_turn = {
+    name: _common.differentiable(name, _setup_context, _turn_by(inverse))
+    for name, inverse in (("rotary_forward", "rotary_backward"), ("rotary_backward", "rotary_forward"))
+}
+_forward = _turn["rotary_forward"]
+for _name in _turn:
     torch.library.register_fake(f"fastformer::{_name}")(_fake)
-    torch.library.register_autograd(f"fastformer::{_name}", _turn_by(_inverse), setup_context=_setup_context)
 _common.register("rotary", ["rotary_forward", "rotary_backward"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,29 +16,43 @@ def softmax(
     input: Tensor, dim: int, *, scale: float = 1.0, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """softmax of ``scale * input + mask`` along ``dim``; see functional.softmax for the arguments."""
+    if dim == -1 and mask is None and not is_causal and _common.ordinary(input):
+        try:
+            if input.dim() and -math.inf < scale < math.inf:
+                record = _common.needs_grad(input)
+                kernel = backends.choose("softmax", input, record=record)
+                if kernel in _common.CHECKING:
+                    return _run(kernel, record, input, -1, scale, None, False)
+        except (RuntimeError, TypeError):
+            pass  # see _common.ordinary
     _check(input, dim, scale, mask, is_causal)
     if autocast_to_float(input):
         input = input.float()
-    last = dim in (-1, input.dim() - 1) or input.dim() == 0
-    kernel = choice(input, last, scale, mask, is_causal).kernel
-    if kernel == "torch":
-        return _torch(input, dim, scale, mask, is_causal)
-    x = input if last else input.transpose(dim, -1)
-    if kernel == "reference":
-        y = reference.softmax(x, scale=scale, mask=mask, is_causal=is_causal).to(input.dtype)
-    else:
-        y = _kernel(x, scale, mask, is_causal)
-    return y if last else y.transpose(dim, -1)
-
-
-def choice(input: Tensor, last: bool, scale: float, mask: Tensor | None, is_causal: bool) -> backends.Choice:
-    """The kernel for these arguments; ``last``: the softmax runs along the last dimension."""
     unsupported = _common.unsupported(input, mask)
     if not unsupported and input.dim() == 0:
         unsupported = "a kernel for tensors without dimensions"
-    if not unsupported and not last and backends.requested() == "auto":
+    if not unsupported and dim not in (-1, input.dim() - 1) and backends.requested() == "auto":
         unsupported = "a kernel along any but the last dimension"
-    return backends.choose("softmax", input, unsupported=unsupported)
+    record = _common.needs_grad(input, mask)
+    kernel = backends.choose("softmax", input, unsupported=unsupported, record=record)
+    return _run(kernel, record, input, dim, scale, mask, is_causal)
+
+
+def _run(
+    kernel: str, record: bool, input: Tensor, dim: int, scale: float, mask: Tensor | None, is_causal: bool
+) -> Tensor:
+    if kernel == "torch":
+        return _torch(input, dim, scale, mask, is_causal)
+    last = dim == -1 or dim == input.dim() - 1 or input.dim() == 0
+    x = input if last else input.transpose(dim, -1)
+    if kernel == "reference":
+        y = reference.softmax(x, scale=scale, mask=mask, is_causal=is_causal).to(input.dtype)
+    elif mask is not None and x.dim() > 4:  # the kernels broadcast masks over four dimensions
+        flat_mask = mask.expand(x.shape).flatten(0, -4)
+        y = _forward(record, x.flatten(0, -4), flat_mask, scale, is_causal).view(x.shape)
+    else:
+        y = _forward(record, x, mask, scale, is_causal)
+    return y if last else y.transpose(dim, -1)
 
 
 def autocast_to_float(input: Tensor) -> bool:
@@ -75,15 +90,6 @@ def _torch(input: Tensor, dim: int, scale: float, mask: Tensor | None, is_causal
     return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
 
 
-def _kernel(input: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
-    shape = input.shape
-    if mask is not None and input.dim() > 4:  # the kernels broadcast masks over four dimensions
-        mask = mask.expand(shape).flatten(0, -4)
-        input = input.flatten(0, -4)
-    record = _common.needs_grad(input, mask)
-    return _common.call(torch.ops.fastformer.softmax_forward, record, input, mask, scale, is_causal).view(shape)
-
-
 @torch.library.register_fake("fastformer::softmax_forward")
 def _(input: Tensor, mask: Tensor | None, scale: float, is_causal: bool) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
@@ -115,8 +121,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 def _vjp(grad: Tensor, output: Tensor, scale: float) -> Tensor:
     if torch.is_grad_enabled():  # create_graph: the formula, which has gradients
         return scale * output * (grad - (grad * output).sum(-1, keepdim=True))
-    return torch.ops.fastformer.softmax_backward(grad, output, scale)
+    return _backward_kernel(grad, output, scale)
 
 
-torch.library.register_autograd("fastformer::softmax_forward", _backward, setup_context=_setup_context)
+_forward = _common.differentiable("softmax_forward", _setup_context, _backward)
+_backward_kernel = _common.kernel("softmax_backward")
 _common.register("softmax", ["softmax_forward", "softmax_backward"])
