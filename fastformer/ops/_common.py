@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer import backends
 
@@ -83,12 +84,16 @@ def unsupported(*tensors: Tensor | None) -> str:
     for tensor in tensors:
         if tensor is not None and tensor.dtype.is_floating_point and tensor.dtype not in backends.KERNEL_DTYPES:
             return f"a kernel for {tensor.dtype}"
+        if type(tensor) not in _PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor):
+            return f"a rule for {type(tensor).__name__}"  # a DTensor, a quantized weight
     return ""
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The low-precision dtype that autocast asks for on this tensor's device, or None outside autocast."""
     kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):  # "meta", for one
+        return None
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 

@@ -272,7 +272,15 @@ def _torch(
     return output.masked_fill(empty, 0.0)
 
 
-def _composed(
+def _composed(query: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """(output, lse) by torch's differentiable functions, in float32 at least, under autocast too."""
+    if _common.autocast_dtype(query) is None:
+        return _composed_in_float(query, *args)
+    with torch.autocast(query.device.type, enabled=False):
+        return _composed_in_float(query, *args)
+
+
+def _composed_in_float(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -283,7 +291,6 @@ def _composed(
     dropout_p: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(output, lse) by torch's differentiable functions, in float32 at least."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
     if groups > 1:
