@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastformer import functional as F
+from fastformer.nn import masks
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -71,7 +72,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            weights = F.softmax(q @ k.transpose(-2, -1), -1, scale=1 / math.sqrt(self.head_dim), mask=mask)
+            # The query is scaled before the product, which could overflow in float16.
+            scores = (q * (1 / math.sqrt(self.head_dim))) @ k.transpose(-2, -1)
+            weights = F.softmax(scores, -1, mask=mask)
             weights = F.dropout(weights, dropout_p) if dropout_p > 0 else weights
             output = weights @ v
         else:
@@ -113,23 +116,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """Both masks in one that the functions take, [B or 1, H or 1, L or 1, S]: bool (True may attend) or added."""
-        masks = []
+        given = []
         if attn_mask is not None:  # [L, S] -> [1, 1, L, S], [B * H, L, S] -> [B, H, L, S]
-            masks.append(
+            given.append(
                 attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask[None, None]
             )
         if key_padding_mask is not None:  # [B, S] -> [B, 1, 1, S], [S] -> [1, 1, S]
-            masks.append(key_padding_mask[..., None, None, :])
-        if not masks:
+            given.append(key_padding_mask[..., None, None, :])
+        if not given:
             return None
-        if all(mask.dtype == torch.bool for mask in masks):
-            return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
-        dtype = next(mask.dtype for mask in masks if mask.dtype != torch.bool)
-        masks = [
-            torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
-            for mask in masks
-        ]
-        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+        if all(mask.dtype == torch.bool for mask in given):
+            return ~(given[0] if len(given) == 1 else given[0] | given[1])
+        dtype = next(mask.dtype for mask in given if mask.dtype != torch.bool)
+        given = [masks.additive(mask, dtype) for mask in given]
+        return given[0] if len(given) == 1 else given[0] + given[1]
 
     def _check(
         self,

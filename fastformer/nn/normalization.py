@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm as modules."""
+"""Layer norm and RMS norm as modules. Nested tensors are left to torch's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm on fastformer's kernels."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -19,4 +21,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm on fastformer's kernels."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return super().forward(x)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
