@@ -113,6 +113,7 @@ setup(
     packages=[
         "fastformer",
         "fastformer.benchmarks",
+        "fastformer.integrations",
         "fastformer.models",
         "fastformer.nn",
         "fastformer.ops",

@@ -1,21 +1,33 @@
-"""Swap the layers of a model that is already built."""
+"""Swap the layers of a model that is already built, and put them back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from fastformer import nn
+from fastformer.integrations import transformers_config, transformers_layers
+from fastformer.integrations.transformers_layers import ORIGINAL
 
 #: torch's class -> ours.
 FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.LayerNorm: nn.LayerNorm,
-    torch.nn.MultiheadAttention: nn.MultiheadAttention,
-    torch.nn.RMSNorm: nn.RMSNorm,
-    torch.nn.Softmax: nn.Softmax,
-    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    getattr(torch.nn, name): getattr(nn, name)
+    for name in (
+        "LayerNorm",
+        "LinearCrossEntropyLoss",
+        "MultiheadAttention",
+        "RMSNorm",
+        "Softmax",
+        "Transformer",
+        "TransformerDecoder",
+        "TransformerDecoderLayer",
+        "TransformerEncoder",
+        "TransformerEncoderLayer",
+    )
+    if hasattr(torch.nn, name)  # torch 2.11 has no LinearCrossEntropyLoss
 }
 
 #: A module's dotted name in the model, or a class: the modules so named or of that class, and all inside them.
@@ -58,11 +70,16 @@ def accelerate(
     skip: Selector | Iterable[Selector] | None = None,
     dry_run: bool = False,
 ) -> Report:
-    """Make torch.nn's layers in ``model`` fastformer's, in place.
+    """Make the layers of torch.nn and of Hugging Face transformers in ``model`` fastformer's, in place.
 
     Each layer stays the same object and becomes an instance of our subclass of its class. So its parameters, buffers,
     hooks, dtype, device, training flag and names stay as they are, whatever else refers to it still does, and the model
-    itself may be a layer. No class and no function changes.
+    itself may be a layer. No class and no function changes. ``restore`` puts everything back.
+
+    Of transformers' layers those are known that fastformer.integrations.transformers_layers lists. Attention of the
+    default implementation becomes ``attn_implementation="fastformer"`` in a copy of the config that is the model's own.
+    A causal language model returns no logits while training when labels are given; ``only`` with the name of its base
+    model keeps them.
 
     Args:
         model: any module.
@@ -74,44 +91,113 @@ def accelerate(
         TypeError: ``model`` is not a module, or a selector neither a name nor a module class.
         ValueError: a name that no module in the model has.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+    _check(model)
     names: dict[torch.nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, name)
     wanted = names.keys() if only is None else _select("only", only, model)
     unwanted = set() if skip is None else _select("skip", skip, model)
     report = Report(dry_run)
+    swaps: dict[torch.nn.Module, _Plan] = {}
     for module, name in names.items():
-        kind = type(module)
-        faster = FASTER.get(kind)
-        if faster is None and next(module.children(), None) is not None and not isinstance(module, tuple(FASTER)):
-            continue  # a container, or the user's own module: its layers are looked at one by one
-        reason = _reason_to_leave(module)
+        plan = _plan(module, model)
+        if plan is None:
+            continue
+        reason = plan.reason
         if not reason and module in unwanted:
             reason = "in skip"
         if not reason and module not in wanted:
             reason = "not in only"
-        if reason or faster is None:
-            report.left.append(Layer(name, kind.__name__, reason))
-            continue
-        report.swapped.append(Layer(name, kind.__name__, f"now fastformer.nn.{faster.__name__}"))
-        if not dry_run:
-            module.__class__ = faster
+        if reason:
+            report.left.append(Layer(name, type(module).__name__, reason))
+        else:
+            report.swapped.append(Layer(name, type(module).__name__, plan.now))
+            swaps[module] = plan
+    if not dry_run:
+        _swap(model, swaps)
     return report
 
 
-def _reason_to_leave(module: torch.nn.Module) -> str:
-    """Why this layer can't become ours, or the empty string."""
+def restore(model: torch.nn.Module) -> int:
+    """Give every layer in ``model`` the class, and every config, that ``accelerate`` found there.
+
+    Layers that were fastformer's from the start stay. What was changed in a model's config since then stays with the
+    copy that ``accelerate`` made.
+
+    Args:
+        model: any module.
+
+    Returns:
+        How many layers were given back.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check(model)
+    restored = 0
+    for module in model.modules():
+        original = getattr(module, ORIGINAL, None)
+        if original is not None and type(module) is _faster_class(original):  # not made something else since
+            module.__dict__.pop(ORIGINAL, None)
+            module.__class__ = original
+            restored += 1
+        if transformers_config.give_back(module) and transformers_config.is_attention(module):
+            restored += 1
+    return restored
+
+
+def _faster_class(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    return FASTER.get(original) or transformers_layers.faster_class(original)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, must be a torch.nn.Module")
+
+
+class _Plan(NamedTuple):
+    """What is to become of a module."""
+
+    faster: type[torch.nn.Module] | None = None  # the class that it gets; None where its config changes instead
+    now: str = ""  # what the report says then
+    reason: str = ""  # why it stays
+
+
+def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
+    """Of a module in ``model``; None for a container, or the user's own module: its layers are looked at one by one."""
     kind = type(module)
+    if transformers_layers.is_transformers(kind):
+        if kind.__name__ in transformers_layers.RECIPES:
+            reason = transformers_layers.reason_to_leave(module)
+            if reason:
+                return _Plan(reason=reason)
+            return _Plan(transformers_layers.faster_class(kind), transformers_layers.RECIPES[kind.__name__].now)
+        if transformers_config.is_attention(module):
+            reason = transformers_config.reason_to_leave(module, model)
+            return _Plan(now=f"now attn_implementation={transformers_config.NAME!r}", reason=reason)
+        if kind.__name__ in transformers_layers.LEFT:
+            return _Plan(reason=transformers_layers.LEFT[kind.__name__])
     if kind in FASTER.values():
-        return "is fastformer's already"
+        return _Plan(reason="is fastformer's already")
     if kind not in FASTER:
         base = next((base for base in FASTER if isinstance(module, base)), None)
-        return "fastformer has no such layer" if base is None else f"a subclass of torch.nn.{base.__name__}"
+        if base is not None:
+            return _Plan(reason=f"a subclass of torch.nn.{base.__name__}")
+        is_container = next(module.children(), None) is not None
+        return None if is_container else _Plan(reason="fastformer has no such layer")
     if "forward" in module.__dict__:
-        return "its forward was replaced"
-    return ""
+        return _Plan(reason="its forward was replaced")
+    return _Plan(FASTER[kind], f"now fastformer.nn.{kind.__name__}")
+
+
+def _swap(model: torch.nn.Module, plans: dict[torch.nn.Module, _Plan]) -> None:
+    for module, plan in plans.items():
+        if plan.faster is not None:
+            module.__dict__[ORIGINAL] = type(module)
+            module.__class__ = plan.faster
+    attention = [module for module, plan in plans.items() if plan.faster is None]
+    if attention:
+        transformers_config.switch(model, attention)
 
 
 def _select(argument: str, selectors: Selector | Iterable[Selector], model: torch.nn.Module) -> set[torch.nn.Module]:

@@ -1,18 +1,20 @@
-"""fastformer.accelerate: which layers become ours, and that all else about the model stays."""
+"""accelerate and restore: which layers become ours and whose they were, and that all else about the model stays."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 import fastformer
 from fastformer import nn
 from fastformer.accelerate import FASTER
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor")
 
 E, H = 20, 4
 
@@ -55,6 +57,7 @@ def model() -> Model:
 
 
 TOKENS = torch.arange(12).view(2, 6)
+DECODER = {"decoder", *(f"decoder.{part}" for part in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3"))}
 
 
 def kinds(model: torch.nn.Module) -> dict[str, type]:
@@ -73,7 +76,8 @@ def test_same_model(model: Model, training: bool) -> None:
     swapped = {layer.name for layer in report.swapped}
     assert swapped == {
         *(f"encoder.layers.{i}{part}" for i in (0, 1) for part in ("", ".self_attn", ".norm1", ".norm2")),
-        *(f"decoder.{part}" for part in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3")),
+        "encoder",
+        *DECODER,
         "norm",
         "heads.rms",
         "probabilities",
@@ -105,9 +109,9 @@ def test_report(model: Model) -> None:
     assert kinds(model) == before
     report = fastformer.accelerate(model)
     assert report.swapped == planned.swapped and report.left == planned.left
-    assert "15 layers would be swapped" in str(planned)
+    assert "17 layers would be swapped" in str(planned)
     text = str(report)
-    assert "15 layers swapped" in text and "now fastformer.nn.TransformerEncoderLayer" in text
+    assert "17 layers swapped" in text and "now fastformer.nn.TransformerEncoderLayer" in text
     assert "encoder.layers.0, encoder.layers.1" in text
     reasons = {layer.name: layer.reason for layer in report.left}
     assert reasons["heads.mine"] == "a subclass of torch.nn.LayerNorm"
@@ -121,11 +125,11 @@ def test_report(model: Model) -> None:
 @pytest.mark.parametrize(
     ("options", "swapped"),
     [
-        ({"only": "decoder"}, {f"decoder.{x}" for x in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3")}),
+        ({"only": "decoder"}, DECODER),
         ({"only": ["decoder.norm1", torch.nn.Softmax]}, {"decoder.norm1", "probabilities"}),
         ({"only": torch.nn.LayerNorm, "skip": ["encoder", "decoder"]}, {"norm"}),
         ({"skip": torch.nn.Module}, set()),
-        ({"skip": [torch.nn.TransformerEncoderLayer, "decoder", "heads"]}, {"probabilities"}),
+        ({"skip": [torch.nn.TransformerEncoderLayer, "decoder", "heads"]}, {"encoder", "probabilities"}),
     ],
 )
 def test_only_and_skip(model: Model, options: dict[str, Any], swapped: set[str]) -> None:
@@ -156,11 +160,55 @@ def test_hooks_stay(model: Model) -> None:
     assert not fired
 
 
-def test_the_model_may_be_a_layer() -> None:
-    layer = torch.nn.LayerNorm(E)
-    report = fastformer.accelerate(layer)
-    assert type(layer) is nn.LayerNorm
+@pytest.mark.parametrize("options", [{}, {"only": ["decoder", "norm"]}, {"skip": "encoder"}])
+def test_restore(model: Model, options: dict[str, Any]) -> None:
+    model.ours = nn.LayerNorm(E)
+    before, output = kinds(model), model.eval()(TOKENS)
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    report = fastformer.accelerate(model, **options)
+    assert report.swapped
+    for restored in (len(report.swapped), 0):
+        assert fastformer.restore(model) == restored
+        assert kinds(model) == before
+        for name, module in model.named_modules():
+            assert list(vars(module)) == list(attributes[name])
+            assert all(value is attributes[name][key] for key, value in vars(module).items()), name
+        assert torch.equal(model(TOKENS), output)
+    assert fastformer.accelerate(model, **options).swapped == report.swapped
+
+
+def test_restore_leaves_what_became_something_else(model: Model) -> None:
+    fastformer.accelerate(model)
+    parametrize.register_parametrization(model.norm, "weight", torch.nn.Softplus())
+    fastformer.restore(model)
+    assert parametrize.is_parametrized(model.norm) and isinstance(model.norm, nn.LayerNorm)
+    parametrize.remove_parametrizations(model.norm, "weight")
+    assert fastformer.restore(model) == 1 and type(model.norm) is torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(model: Model, copied: Callable[[Model], Model]) -> None:
+    before = kinds(model)
+    report = fastformer.accelerate(model)
+    twin = copied(model)
+    assert kinds(twin) == kinds(model)
+    assert torch.equal(twin.eval()(TOKENS), model.eval()(TOKENS))
+    assert fastformer.restore(twin) == len(report.swapped)
+    assert kinds(twin) == before and kinds(model)["norm"] is nn.LayerNorm
+
+
+@pytest.mark.parametrize("name", [kind.__name__ for kind in FASTER])
+def test_the_model_may_be_a_layer(name: str) -> None:
+    arguments = {"Softmax": (-1,), "LayerNorm": (E,), "RMSNorm": (E,), "LinearCrossEntropyLoss": (E, 30)}
+    if name in ("TransformerEncoder", "TransformerDecoder"):
+        model = getattr(torch.nn, name)(getattr(torch.nn, f"{name}Layer")(E, H, 24), 1)
+    else:
+        model = getattr(torch.nn, name)(*arguments.get(name, (E, H)))
+    report = fastformer.accelerate(model)
+    assert type(model) is getattr(nn, name) is not getattr(torch.nn, name)
     assert "the model itself" in str(report)
+    fastformer.restore(model)
+    assert type(model) is getattr(torch.nn, name)
 
 
 def test_dtype_and_meta() -> None:
@@ -181,6 +229,7 @@ def test_torch_and_other_models_stay(model: Model) -> None:
     ("call", "error", "message"),
     [
         (lambda model: fastformer.accelerate(model.state_dict()), TypeError, "model is a OrderedDict"),
+        (lambda model: fastformer.restore([model]), TypeError, "model is a list"),
         (lambda model: fastformer.accelerate(model, only="nrom"), ValueError, "only has 'nrom'"),
         (lambda model: fastformer.accelerate(model, skip=["norm", 3]), TypeError, "skip has 3"),
         (lambda model: fastformer.accelerate(model, skip=int), TypeError, "skip has <class 'int'>"),
