@@ -146,12 +146,12 @@ MODULES = [
     module("TransformerDecoderLayer", lambda: nn.TransformerDecoderLayer(C, H, **LAYER), tokens, tokens),
     module(
         "TransformerEncoder",
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, norm_first=True, **LAYER), 2),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(C, H, norm_first=True, **LAYER), 1),
         tokens,
     ),
     module(
         "TransformerDecoder",
-        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(C, H, norm_first=True, **LAYER), 2),
+        lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(C, H, norm_first=True, **LAYER), 1),
         *(tokens,) * 2,
     ),
     module("Transformer", lambda: nn.Transformer(C, H, 1, 1, **LAYER), tokens, tokens),
@@ -226,11 +226,12 @@ def check_eager(row: Row) -> None:
 
 @column
 def check_compile(row: Row) -> None:
-    """In one graph: for one length, and told to be dynamic for ten."""
+    """In one graph: for one length, functions down to machine code; and told to be dynamic for ten lengths."""
     call = row.build()
-    for dynamic, lengths in ((False, [S]), (True, range(S, S + 10))):
+    machine_code = "aot_eager" if isinstance(call, torch.nn.Module) else "inductor"
+    for dynamic, backend, lengths in ((False, machine_code, [S]), (True, "aot_eager", range(S, S + 10))):
         torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
         with fastformer.backend(KERNEL), torch._dynamo.config.patch(error_on_recompile=True):
             for length in lengths:
                 inputs = row.inputs(length)
