@@ -104,9 +104,10 @@ class Explained(Exception):
         self.choice = choice
 
 
-_explaining = False
-#: What ``decide`` said under the backend now asked for: to look it up takes 0.4 us, to decide 3.
-_decided: dict[tuple[str, str, torch.dtype, str, str, bool], str] = {}
+#: Whether ``explain`` is at work.
+explaining = False
+#: What ``decide`` said: to look it up takes 0.4 us, to decide 3.
+_decided: dict[tuple[str, str, torch.dtype, str, str, str, bool], str] = {}
 
 
 def choose(
@@ -117,18 +118,19 @@ def choose(
     ``record``: autograd records the call. Inside ``explain`` it ends in Explained. Compiled code takes no notice of how
     small a tensor is: it would be compiled once more for small ones, and spares the calls' cost anyway.
     """
-    device, dtype = "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype
+    request, dtype = _request, tensor.dtype
+    device = "cpu" if tensor.is_cpu else tensor.device.type
     if torch.compiler.is_compiling():
-        return decide(operation, device, dtype, _request, unsupported=unsupported, torch_lacks=torch_lacks).kernel
-    measured = FASTER.get((operation, dtype))
-    small = measured is not None and tensor.numel() < measured.least[record]
-    key = (operation, device, dtype, unsupported, torch_lacks, small)
+        return decide(operation, device, dtype, request, unsupported=unsupported, torch_lacks=torch_lacks).kernel
+    measured, elements = FASTER.get((operation, dtype)), tensor.numel()
+    small = measured is not None and type(elements) is int and elements < measured.least[record]
+    key = (operation, device, dtype, request, unsupported, torch_lacks, small)
     kernel = _decided.get(key)
-    if kernel is None or _explaining:
+    if kernel is None or explaining:
         choice = decide(
-            operation, device, dtype, _request, unsupported=unsupported, torch_lacks=torch_lacks, small=small
+            operation, device, dtype, request, unsupported=unsupported, torch_lacks=torch_lacks, small=small
         )
-        if _explaining:
+        if explaining:
             raise Explained(choice)
         kernel = _decided[key] = choice.kernel
     return kernel
@@ -144,16 +146,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Raises:
         TypeError, ValueError: what the call itself would raise for these arguments.
     """
-    global _explaining
+    global explaining
     if not str(getattr(function, "__module__", "")).startswith("fastformer."):
         return f"{getattr(function, '__name__', function)}: torch (fastformer leaves this function alone)"
-    _explaining = True
+    explaining = True
     try:
         function(*args, **kwargs)
     except Explained as explained:
         return f"{function.__name__}: {explained.choice.kernel} ({explained.choice.reason})"
     finally:
-        _explaining = False
+        explaining = False
     return f"{function.__name__}: torch (these arguments are torch's own case)"
 
 
@@ -236,9 +238,7 @@ def requested() -> str:
 def set_backend(name: str) -> None:
     """Ask for a backend from now on, in the whole process: one of auto, triton, cuda, cpu, torch, reference."""
     global _request
-    if name != _request:
-        _request = _checked(name, "name")
-        _decided.clear()
+    _request = _checked(name, "name")
 
 
 class backend:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastformer import backends
@@ -51,6 +54,8 @@ def check_broadcast(name: str, value: Tensor, shape: Sequence[int]) -> None:
 
 def check_finite(name: str, value: float) -> None:
     """ValueError unless ``value`` is a finite number. Comparisons, because Dynamo traces them and not math.isfinite."""
+    if isinstance(value, str | Sequence) or value is None:
+        raise TypeError(f"{name} is a {type(value).__name__}, must be a number")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}, must be a finite number")
 
@@ -58,29 +63,42 @@ def check_finite(name: str, value: float) -> None:
 # --- choosing
 
 
-def ordinary(tensor: object) -> bool:
-    """Whether this is an eager call on a plain tensor, with no autocast and no torch.func transform around it.
-
-    The functions have a quick way for such calls to the kernels in CHECKING, which leaves most checks to them. What
-    goes wrong there is tried again the careful way, whose errors name the argument.
-    """
-    return (
-        type(tensor) in _PLAIN_TENSORS
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_any_autocast_enabled()
-    )
-
-
+#: What they raise, or Python does where an argument is none of those that a function takes.
+CAUGHT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-#: The kernels that check all their arguments, which Triton's launchers don't.
-CHECKING = ("cpu", "torch")
+
+
+def ordinary(first: object, *others: object) -> bool:
+    """Whether this is an eager call on plain tensors (or None) on one kind of device, with nothing special around it:
+    no autocast, no torch.func transform, no forward-mode differentiation, no ``explain``.
+
+    The functions have a quick way for such calls, to torch's own functions and the C++ kernels, which check shapes and
+    dtypes themselves (Triton's launchers don't). What raises there is tried again the careful way, whose errors name
+    the argument.
+    """
+    if (
+        type(first) not in _PLAIN_TENSORS
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or forward_ad._current_level >= 0
+        or backends.explaining
+        or not first.dtype.is_floating_point
+    ):
+        return False
+    on_cpu = first.is_cpu
+    for other in others:
+        if other is not None and (type(other) not in _PLAIN_TENSORS or other.is_cpu is not on_cpu):
+            return False
+    return True
 
 
 def unsupported(*tensors: Tensor | None) -> str:
     """What our kernels lack for these tensors, whatever the operation, or the empty string."""
     if torch._C._are_functorch_transforms_active():
         return "rules for torch.func transforms"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "rules for forward-mode differentiation"
     for tensor in tensors:
         if tensor is not None and tensor.dtype.is_floating_point and tensor.dtype not in backends.KERNEL_DTYPES:
             return f"a kernel for {tensor.dtype}"
@@ -128,7 +146,8 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
 
     The operator itself has it by ``register_autograd``, for compiled code and other people's. Eager calls don't go
     through that: on 8 x 64 values, layer norm with its backward takes 46 us by it, and 30 us by an autograd.Function
-    whose C++ part is called at once (``Function.apply`` first spends 12 us on binding default arguments).
+    whose C++ part is called at once. ``Function.apply`` would first spend 12 us on binding default arguments, and then
+    ask for torch.func transforms, for which ``unsupported`` has sent the call elsewhere.
     """
     torch.library.register_autograd(f"fastformer::{name}", backward, setup_context=setup_context)
     operator = getattr(torch.ops.fastformer, name).default
@@ -160,11 +179,13 @@ def differentiable_vjp(
 
     ``grads`` are those of the function's outputs, None for an output that nothing was done with.
     """
-    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     with torch.enable_grad():
+        # Views: of inputs that are one tensor, or come from one another, each has a gradient of its own.
+        inputs = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
         outputs = function(*inputs)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        pairs = [(output, grad.to(output.dtype)) for output, grad in zip(outputs, grads) if grad is not None]
+        pairs = [(y, grad.to(y.dtype)) for y, grad in zip(outputs, grads) if grad is not None and y.requires_grad]
         found = iter(
             torch.autograd.grad(
                 [output for output, _ in pairs],
@@ -175,6 +196,15 @@ def differentiable_vjp(
             )
         )
     return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in inputs]
+
+
+def forwards_backend(ctx: Any) -> AbstractContextManager[None]:
+    """For a backward pass the backend that was asked for in its forward pass, kept in ``ctx.backend``.
+
+    Only the interpreter's kernels ask for it. A request holds for the whole process, and backward passes may run in
+    several threads: so nothing is requested where nothing would ask.
+    """
+    return backends.backend(ctx.backend) if backends.TRITON_INTERPRETED else contextlib.nullcontext()
 
 
 # --- registering

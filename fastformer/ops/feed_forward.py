@@ -31,13 +31,13 @@ def feed_forward(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """See functional.feed_forward for the arguments."""
-    if dropout_p == 0 and _common.ordinary(input):
+    tensors = (input, weight1, bias1, weight_gate, weight2, bias2)
+    if dropout_p == 0 and _common.ordinary(*tensors):
         try:
-            tensors = (input, weight1, bias1, weight_gate, weight2, bias2)
             record = _common.needs_grad(*tensors)
             if backends.choose("feed_forward", input, record=record) == "cpu":
                 return _forward(record, *tensors, activation, record)[0]
-        except (RuntimeError, TypeError, AttributeError):
+        except _common.CAUGHT:
             pass  # see _common.ordinary
     _check(input, weight1, bias1, weight2, bias2, activation, weight_gate)
     dtype = _common.autocast_dtype(input)
@@ -178,7 +178,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
         return *grads, None, None
     input, weight1, bias1, weight_gate, weight2, bias2 = tensors
     needs = ctx.needs_input_grad
-    with backends.backend(ctx.backend):
+    with _common.forwards_backend(ctx):
         if not ctx.saved_hidden:  # computed once more, for less memory
             _, hidden = _forward(False, *tensors, ctx.activation, True)
         grads = _backward_kernel(

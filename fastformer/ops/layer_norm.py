@@ -27,15 +27,16 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """(normed, summed) of ``summed = input + residual``, or of the input itself, over its last dimensions."""
     form = "rms_norm" if rms else "layer_norm" if residual is None else "add_layer_norm"
-    if _common.ordinary(input):
+    if _common.ordinary(input, weight, bias, residual):
         try:
             alike = residual is None or (residual.shape == input.shape and residual.dtype == input.dtype)
             if alike and input.shape[-1:] == normalized_shape and -math.inf < eps < math.inf:
                 record = _common.needs_grad(input, residual, weight, bias)
                 kernel = backends.choose(form, input, record=record)
-                if kernel in _common.CHECKING:
+                # torch's rms_norm takes weights of any dtype
+                if kernel == "cpu" or (kernel == "torch" and (weight is None or weight.dtype == input.dtype)):
                     return _run(kernel, record, input, normalized_shape, weight, bias, eps, residual, rms)
-        except (RuntimeError, TypeError, AttributeError):
+        except _common.CAUGHT:
             pass  # see _common.ordinary
     shape = tuple(normalized_shape) if not isinstance(normalized_shape, int) else (normalized_shape,)
     _check(input, shape, weight, bias, eps, residual)
@@ -164,7 +165,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, grad_summed: Tensor | None, 
     if torch.is_grad_enabled():  # create_graph
         grad_input, grad_weight, grad_bias = _differentiable_backward(ctx, x, weight, bias, grad_output, grad_summed)
     else:
-        with backends.backend(ctx.backend):
+        with _common.forwards_backend(ctx):
             grad_input, grad_weight, grad_bias = _backward_kernel(
                 grad_output, grad_summed, x, weight, mean, rstd, bias is not None, ctx.rms
             )

@@ -279,7 +279,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
             grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
     else:
         grad_losses = grad_loss.float() if row_weight is None else grad_loss * row_weight
-        with backends.backend(ctx.backend):
+        with _common.forwards_backend(ctx):
             grads = _backward_kernel(
                 grad_losses, input, weight, bias, target, lse, ctx.ignore_index, ctx.label_smoothing
             )
@@ -310,6 +310,8 @@ def _may_hand_over(grad_loss: Tensor) -> bool:
     Asked on CPU in eager mode only: elsewhere the answer would have to be waited for.
     """
     if type(grad_loss) is not Tensor or grad_loss.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph() and grad_loss.item() == 1.0
 

@@ -13,12 +13,12 @@ from fastformer.ops import _common
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
     """See functional.rotary for the arguments."""
-    if _common.ordinary(query):
+    if _common.ordinary(query, key, cos, sin):
         try:
             dtypes = cos.dtype == sin.dtype and cos.dtype in (torch.float32, query.dtype)
             if dtypes and not _common.needs_grad(cos, sin) and backends.choose("rotary", query) == "cpu":
                 return _forward(_common.needs_grad(query, key), query, key, cos, sin, interleaved)
-        except (RuntimeError, TypeError, AttributeError):
+        except _common.CAUGHT:
             pass  # see _common.ordinary
     _check(query, key, cos, sin)
     unsupported = _common.unsupported(query, key, cos, sin)
@@ -86,7 +86,7 @@ def _turn_by(name: str) -> Any:
     """A backward that turns both gradients with the operator ``name``."""
 
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-        with backends.backend(ctx.backend):
+        with _common.forwards_backend(ctx):
             record = _common.needs_grad(grad_query, grad_key)
             turned = _turn[name](record, grad_query, grad_key, *ctx.saved_tensors, ctx.interleaved)
         return *turned, None, None, None
