@@ -14,10 +14,11 @@ import torch
 
 import fastformer
 
-from . import machine, report
+from . import bench_hugging_face, machine, report
 from .harness import Case, Pace, Row, run_case, timer_for
 
 OPERATIONS = ("softmax", "layer_norm", "attention", "feed_forward", "linear_cross_entropy", "rotary")
+HUGGING_FACE = "hugging_face"  # not in the quick suite
 END_TO_END = "gpt"
 PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,6 +26,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of d
 # Seconds that the progress bar expects of each part until it has seen how fast the machine is.
 LIMITS_SECONDS = 3.0
 CASE_SECONDS = {False: 2.0, True: 5.0}  # without, with torch.compile
+HUGGING_FACE_SECONDS = 5.0  # a row
 END_TO_END_SECONDS = 60.0
 QUICK_SECONDS = 230.0
 BAR = "{desc:<50.50} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
@@ -75,11 +77,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="at most 4 minutes on 2 cores (the default)")
     length.add_argument("--thorough", action="store_true", help="ten times as many samples, no time limit")
-    names = (*OPERATIONS, END_TO_END)
-    metavar = f"OP ({', '.join(names)})"
+    names = (*OPERATIONS, HUGGING_FACE, END_TO_END)
+    metavar = f"OP ({', '.join(names)}; {HUGGING_FACE} runs only if named or with --thorough)"
     parser.add_argument("--only", action="append", choices=names, metavar="OP", help=f"run this {metavar}; repeatable")
     parser.add_argument("--skip", action="append", choices=names, metavar="OP", default=[], help="leave this out")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); the GPT is float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); whole models are float32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=BACKENDS, default=device, help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("benchmark-results"), help="(%(default)s)")
@@ -99,12 +101,13 @@ def _run(options: argparse.Namespace) -> report.Results:
         pace = Pace(compile=compiles, row_seconds=5.0, min_rounds=10, max_rounds=1000)
     else:
         pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS)
-    everything = (*OPERATIONS, END_TO_END)
+    everything = (*OPERATIONS, *([HUGGING_FACE] if options.thorough else []), END_TO_END)
     wanted = [name for name in options.only or everything if name not in options.skip]
     dtypes = [DTYPES[options.dtype]] if options.dtype else list(DTYPES.values())
     cases = [case for name in OPERATIONS if name in wanted for case in _cases(name, device, dtypes)]
     expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
     total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
+    total += HUGGING_FACE_SECONDS * bench_hugging_face.COUNT if HUGGING_FACE in wanted else 0
 
     environment = machine.environment(device)
     timer, rng = timer_for(device), random.Random(0)
@@ -121,6 +124,12 @@ def _run(options: argparse.Namespace) -> report.Results:
                     for row in run_case(case, backend, timer, limits, pace, rng):
                         rows.append(row)
                 bar.update(seconds)
+            if HUGGING_FACE in wanted:
+                bar.set_description_str("transformers' models, plain and accelerated")
+                own_pace = pace if options.thorough else Pace(compile=False, row_seconds=1.0, min_rounds=5)
+                for row in bench_hugging_face.rows(device, timer, limits, own_pace, rng):
+                    rows.append(row)
+                    bar.update(HUGGING_FACE_SECONDS)
             if END_TO_END in wanted:
                 from .bench_gpt import STEPS, Comparison
 

@@ -77,9 +77,9 @@ def accelerate(
     itself may be a layer. No class and no function changes. ``restore`` puts everything back.
 
     Of transformers' layers those are known that fastformer.integrations.transformers_layers lists. Attention of the
-    default implementation becomes ``attn_implementation="fastformer"`` in a copy of the config that is the model's own.
-    A causal language model returns no logits while training when labels are given; ``only`` with the name of its base
-    model keeps them.
+    default implementation becomes ``attn_implementation="fastformer"`` in a copy of the config that is the model's own;
+    a query that sees padding alone then gives zeros. A causal language model that is given labels in training computes
+    its logits only when they are read from the output, which must be before the weights change.
 
     Args:
         model: any module.
@@ -121,8 +121,7 @@ def accelerate(
 def restore(model: torch.nn.Module) -> int:
     """Give every layer in ``model`` the class, and every config, that ``accelerate`` found there.
 
-    Layers that were fastformer's from the start stay. What was changed in a model's config since then stays with the
-    copy that ``accelerate`` made.
+    Layers that were fastformer's from the start stay, and so does what was changed in a model's config since then.
 
     Args:
         model: any module.
@@ -139,6 +138,7 @@ def restore(model: torch.nn.Module) -> int:
         original = getattr(module, ORIGINAL, None)
         if original is not None and type(module) is _faster_class(original):  # not made something else since
             module.__dict__.pop(ORIGINAL, None)
+            module.__dict__.pop("__module__", None)
             module.__class__ = original
             restored += 1
         if transformers_config.give_back(module) and transformers_config.is_attention(module):
@@ -158,9 +158,9 @@ def _check(model: object) -> None:
 class _Plan(NamedTuple):
     """What is to become of a module."""
 
-    faster: type[torch.nn.Module] | None = None  # the class that it gets; None where its config changes instead
-    now: str = ""  # what the report says then
-    reason: str = ""  # why it stays
+    reason: str = ""  # why it stays, if it does
+    now: str = ""  # what the report says if it doesn't
+    faster: type[torch.nn.Module] | None = None  # the class that it gets; None where it gets another config instead
 
 
 def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
@@ -170,30 +170,31 @@ def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
         if kind.__name__ in transformers_layers.RECIPES:
             reason = transformers_layers.reason_to_leave(module)
             if reason:
-                return _Plan(reason=reason)
-            return _Plan(transformers_layers.faster_class(kind), transformers_layers.RECIPES[kind.__name__].now)
+                return _Plan(reason)
+            return _Plan("", transformers_layers.RECIPES[kind.__name__].now, transformers_layers.faster_class(kind))
         if transformers_config.is_attention(module):
             reason = transformers_config.reason_to_leave(module, model)
-            return _Plan(now=f"now attn_implementation={transformers_config.NAME!r}", reason=reason)
+            return _Plan(reason, f"now attn_implementation={transformers_config.NAME!r}")
         if kind.__name__ in transformers_layers.LEFT:
-            return _Plan(reason=transformers_layers.LEFT[kind.__name__])
+            return _Plan(transformers_layers.LEFT[kind.__name__])
     if kind in FASTER.values():
-        return _Plan(reason="is fastformer's already")
+        return _Plan("is fastformer's already")
     if kind not in FASTER:
         base = next((base for base in FASTER if isinstance(module, base)), None)
         if base is not None:
-            return _Plan(reason=f"a subclass of torch.nn.{base.__name__}")
+            return _Plan(f"a subclass of torch.nn.{base.__name__}")
         is_container = next(module.children(), None) is not None
-        return None if is_container else _Plan(reason="fastformer has no such layer")
+        return None if is_container else _Plan("fastformer has no such layer")
     if "forward" in module.__dict__:
-        return _Plan(reason="its forward was replaced")
-    return _Plan(FASTER[kind], f"now fastformer.nn.{kind.__name__}")
+        return _Plan("its forward was replaced")
+    return _Plan("", f"now fastformer.nn.{kind.__name__}", FASTER[kind])
 
 
 def _swap(model: torch.nn.Module, plans: dict[torch.nn.Module, _Plan]) -> None:
     for module, plan in plans.items():
         if plan.faster is not None:
-            module.__dict__[ORIGINAL] = type(module)
+            # By its __module__ torch.fx knows a layer of torch.nn, which it doesn't look into.
+            module.__dict__ |= {ORIGINAL: type(module), "__module__": type(module).__module__}
             module.__class__ = plan.faster
     attention = [module for module, plan in plans.items() if plan.faster is None]
     if attention:

@@ -240,3 +240,16 @@ def test_errors(model: Model, call: Callable[[Model], None], error: type[Excepti
     with pytest.raises(error, match=message):
         call(model)
     assert kinds(model) == before
+
+
+def test_torch_fx_takes_swapped_layers_for_leaves() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(E, E), torch.nn.LayerNorm(E), torch.nn.RMSNorm(E), torch.nn.Softmax(-1))
+    before = [dict(vars(module)) for module in model]
+    fastformer.accelerate(model)
+    traced, x = torch.fx.symbolic_trace(model), torch.randn(3, E)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", *["call_module"] * 4, "output"]
+    torch.testing.assert_close(traced(x), model(x))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    fastformer.restore(model)
+    assert [vars(module) for module in model] == before

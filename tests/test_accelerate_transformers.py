@@ -255,7 +255,7 @@ def test_relatives(family: str, backend: str) -> None:
     own |= set() if family == "Mixtral" else {f"{family}MLP", f"{family}ForCausalLM"}
     assert {layer.kind for layer in report.swapped} == own
     output = assert_same_step(model, original, **draw_inputs("llama", padding="right", labels=True))
-    assert (output.logits is None) == (family != "Mixtral")
+    assert ("logits" in dict(output)) == (family == "Mixtral")
 
 
 @pytest.mark.parametrize(
@@ -368,11 +368,45 @@ def test_fused_loss(name: str, extra: dict[str, Any], backend: str) -> None:
     inputs = draw_inputs(name, labels=True) | extra
     output = assert_same_step(model, original, **inputs)
     expected = original(**inputs)
-    assert output.logits is None and type(output) is type(expected)
+    assert isinstance(output, type(expected)) and type(output).__name__ == type(expected).__name__
     assert [*output] == [key for key in expected if key != "logits"]
+    copied = pickle.loads(pickle.dumps(output.__reduce__()[1][1]))
+    for logits in (output.logits, output["logits"], output[1], output.to_tuple()[1], copied):
+        assert_close(logits, expected.logits)
+    assert len(output.to_tuple()) == len(expected.to_tuple())
     if "output_hidden_states" in extra:
         assert_close(output.hidden_states[-1], expected.hidden_states[-1])
     assert inspect.signature(model.forward) == inspect.signature(original.forward)
+
+
+def test_late_logits() -> None:
+    """They have gradients, are of the forward pass's autocast and weights, and aren't computed if they aren't read."""
+    model, original = (copy.deepcopy(each) for each in causal_pair("llama"))
+    inputs = draw_inputs("llama", labels=True)
+    outputs = [each(**inputs) for each in (model, original)]
+    grads = [
+        torch.autograd.grad(y.logits.square().mean() + y.loss, each.lm_head.weight)[0]
+        for y, each in zip(outputs, (model, original))
+    ]
+    assert_close(*grads)
+    assert outputs[0].logits is outputs[0].logits
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [each(**inputs) for each in (model, original)]
+    assert outputs[0].logits.dtype == outputs[1].logits.dtype == torch.bfloat16
+
+    calls, output = [], model(**inputs)
+    head = type(model.lm_head).forward
+    model.lm_head.forward = lambda x: calls.append(1) or head(model.lm_head, x)
+    output.loss.backward()
+    assert dict(output).keys() == {"loss", "past_key_values"} and not calls
+    assert output.logits is not None and calls == [1]
+    del model.lm_head.forward
+
+    output = model(**inputs)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    with pytest.raises(RuntimeError, match="lm_head has changed since the forward pass"):
+        _ = output.logits
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -485,11 +519,34 @@ def test_only_and_skip(name: str) -> None:
     assert all(model.get_submodule(n).config is config for n in attention)
 
 
-def test_the_base_model_alone_keeps_the_logits() -> None:
+def test_the_base_model_alone() -> None:
     model = build_model("llama").train()
     report = fastformer.accelerate(model, only="model")
     assert {layer.kind for layer in report.swapped} == SWAPPED["llama"] - {"LlamaForCausalLM"}
-    assert model(**draw_inputs("llama", labels=True)).logits is not None
+    assert "logits" in dict(model(**draw_inputs("llama", labels=True)))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bart"])
+def test_what_was_changed_in_a_config_stays(name: str) -> None:
+    """As it would in the original, and what another model's owner changed there meanwhile stays too."""
+    model = build_model(name).train()
+    config = model.config
+    fastformer.accelerate(model)
+    model.resize_token_embeddings(70)
+    model.config.use_cache = False
+    model.config.mine = {"some": "thing"}
+    config.theirs = 3
+    fastformer.restore(model)
+    assert model.config is config and config._attn_implementation != "fastformer"
+    assert (config.vocab_size, config.use_cache, config.mine, config.theirs) == (70, False, {"some": "thing"}, 3)
+    inputs = {
+        key: x.clamp(max=69) if x.dtype == torch.int64 else x for key, x in draw_inputs(name, labels=True).items()
+    }
+    assert model(**inputs).loss.isfinite()
+    fastformer.accelerate(model)
+    model.set_attn_implementation("eager")
+    fastformer.restore(model)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize(

@@ -282,19 +282,37 @@ def test_best_of_several_fused_kernels_is_shown() -> None:
     }
 
 
-def test_readme_table(tmp_path: object) -> None:
+BEGIN, END = readme_table.markers("benchmark")
+
+
+def test_readme_tables(tmp_path: object) -> None:
     data, readme = tmp_path / "benchmark.json", tmp_path / "README.md"
+    begin, end = readme_table.markers("hugging face")
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nbetween\n{begin}\nolder\n{end}\nafter\n")
     report.write_json(results_of(rows_of(case()), END_TO_END), data)
-    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
     assert readme_table.main([str(data), str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n{readme_table.BEGIN}\n") and text.endswith(f"{readme_table.END}\nafter\n")
-    assert "old" not in text and "| `double` | 3x5 |" in text and "**1.50x**" in text
+    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nbetween\n{begin}\nolder\n{end}\nafter\n")
+    assert "old\n" not in text.partition(END)[0] and "| `double` | 3x5 |" in text and "**1.50x**" in text
     assert readme_table.main([str(data), str(readme)]) == 0
     assert readme.read_text() == text
 
+    results = results_of(rows_of(case()))
+    (row,) = results["rows"][:1]
+    row |= {"operation": readme_table.MODELS, "speedups": {"eager": 2.0}}
+    results["rows"] = [
+        {**row, "shape": "gpt 2x16", "mode": FORWARD},
+        {**row, "shape": "gpt 2x16", "mode": TRAINING, "speedups": {"eager": 3.0, "fused": 1.5}},
+        {**row, "shape": "gpt 2x16+4", "mode": FORWARD, "speedups": {"fused": 0.5}},
+    ]
+    data.write_text(json.dumps(results))
+    assert readme_table.main([str(data), str(readme)]) == 0
+    before, _, models = readme.read_text().partition(begin)
+    assert before == text.partition(begin)[0]
+    assert "| gpt | 2.00 / - | 3.00 / 1.50 | - / 0.50 |" in models and "older" not in models
 
-@pytest.mark.parametrize("markers", ["", readme_table.BEGIN, f"{readme_table.END}\n{readme_table.BEGIN}"])
+
+@pytest.mark.parametrize("markers", ["", BEGIN, f"{END}\n{BEGIN}"])
 def test_readme_without_markers_is_left_alone(markers: str, tmp_path: object, capsys: pytest.CaptureFixture) -> None:
     data, readme = tmp_path / "benchmark.json", tmp_path / "README.md"
     report.write_json(results_of(rows_of(case())), data)
@@ -305,7 +323,7 @@ def test_readme_without_markers_is_left_alone(markers: str, tmp_path: object, ca
 
 def test_failed_run_is_not_for_the_readme() -> None:
     with pytest.raises(ValueError, match="failed"):
-        readme_table.markdown(results_of(rows_of(case(wrong_value))))
+        readme_table.tables(results_of(rows_of(case(wrong_value))))
 
 
 @pytest.mark.parametrize("arguments", [["--only", "nonsense"], ["--dtype", "int8"], ["--quick", "--thorough"]])

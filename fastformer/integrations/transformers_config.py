@@ -1,14 +1,15 @@
 """Attention of a Hugging Face model through the config that its modules read: a copy of it that names fastformer's.
 
 Configs are shared, by the modules of a model and by models, so a model gets its own copies. A module remembers the
-config that it had. Importing this file doesn't import transformers.
+config that it had, which gets what was changed in the copy when it is given back. Importing this file doesn't import
+transformers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,16 +36,23 @@ ATTENTION = {
 }
 
 
-class Originals(dict[str, "PreTrainedConfig"]):
-    """Attribute of a module -> the config that it held. Unpickling it makes fastformer's attention known."""
+class Original(NamedTuple):
+    """A config that a module held, and a copy of it as it was then."""
+
+    config: PreTrainedConfig
+    before: PreTrainedConfig
+
+
+class Originals(dict[str, Original]):
+    """By the names of a module's attributes. Unpickling it makes fastformer's attention known."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (dict(self),)
 
 
-def _rebuild(configs: dict[str, PreTrainedConfig]) -> Originals:
+def _rebuild(originals: dict[str, Original]) -> Originals:
     register()
-    return Originals(configs)
+    return Originals(originals)
 
 
 def is_attention(module: torch.nn.Module) -> bool:
@@ -83,22 +91,37 @@ def switch(model: torch.nn.Module, selected: Iterable[torch.nn.Module]) -> None:
     switched = {id(module.config) for module in selected}
     shared = {id(module.config) for module in model.modules() if is_attention(module) and module not in selected}
     whole = switched - shared
-    memo: dict[int, Any] = {}  # one for all, so that a config inside another stays the same object
+    # One memo for all copies, so that a config inside another stays the same object.
+    copies: dict[int, Any] = {}
+    snapshots: dict[int, Any] = {}
     for module in model.modules():
         for name, config in list(_configs(module)):
             is_switched = id(config) in switched and module in selected
             if is_switched or any(id(part) in whole for part in _parts(config)):
-                module.__dict__.setdefault(ORIGINALS, Originals()).setdefault(name, config)
-                module.__dict__[name] = copy.deepcopy(config, memo)
+                original = Original(config, copy.deepcopy(config, snapshots))
+                module.__dict__.setdefault(ORIGINALS, Originals()).setdefault(name, original)
+                module.__dict__[name] = copy.deepcopy(config, copies)
     for module in selected:
         module.config._attn_implementation = {"": NAME}  # of this config, not of those inside it
 
 
 def give_back(module: torch.nn.Module) -> bool:
-    """Put the module's own configs back; whether it had others."""
+    """Put the module's own configs back, with what was changed in their copies; whether it had others."""
     originals = module.__dict__.pop(ORIGINALS, {})
-    module.__dict__.update(originals)
+    for name, (config, before) in originals.items():
+        _carry_over(module.__dict__[name], before, config)
+        module.__dict__[name] = config
     return bool(originals)
+
+
+def _carry_over(changed: PreTrainedConfig, before: PreTrainedConfig, original: PreTrainedConfig) -> None:
+    """Set in ``original`` what is another in ``changed`` than it was ``before``, but for fastformer's attention."""
+    parts = dict(_configs(original))
+    for name, value in vars(changed).items():
+        if name in parts and name in vars(before):
+            _carry_over(value, vars(before)[name], parts[name])
+        elif value != NAME and (name not in vars(before) or value != vars(before)[name]):
+            vars(original)[name] = value
 
 
 def _configs(holder: torch.nn.Module | PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:

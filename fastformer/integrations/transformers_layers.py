@@ -41,7 +41,7 @@ Method = Callable[..., Any]
 class Recipe(NamedTuple):
     """How our subclass of one of transformers' classes comes about."""
 
-    make: Callable[[Module], Method]  # of the original class, our method
+    make: Callable[[Module], Method]  # of the original class, which it may call, our method
     now: str  # what the report says
     method: str = "forward"
 

@@ -1,10 +1,12 @@
-"""Hugging Face's causal language models: unembedding and loss in one, without the logits."""
+"""Hugging Face's causal language models: unembedding and loss in one, and logits only if they are asked for."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,21 +14,26 @@ from torch import Tensor
 from fastformer import functional as F
 from fastformer.nn.fusion import is_plain
 
-NOW = "now on fastformer's linear_cross_entropy: no logits are returned in training when labels are given"
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+
+NOW = "now on fastformer's linear_cross_entropy: in training with labels, logits are computed if they are read"
 
 
 def causal_lm(original: type[torch.nn.Module]) -> Callable[..., Any]:
     """The forward of a subclass of a class whose forward is base model, ``lm_head``, ForCausalLMLoss.
 
-    Its ``loss`` is the original's. ``logits`` is None when the loss was computed without them: while training, with
-    gradients, when labels are given.
+    While training, with gradients, when labels are given, the loss is computed without logits; the output then has
+    ``logits`` that are computed when they are first read. Compiled code can't wait for that, and computes them first.
     """
+    from transformers.loss.loss_utils import ForCausalLMLoss
     from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         fused = (
-            kwargs.get("labels") is not None
-            and self.training
+            self.training
+            and type(self) is not original  # restored, behind a wrapper that has kept this method
+            and kwargs.get("labels") is not None
             and torch.is_grad_enabled()
             and len(args) <= 1  # input_ids; the order of the others differs between classes
             and _is_zero(kwargs.get("logits_to_keep", 0))
@@ -39,17 +46,75 @@ def causal_lm(original: type[torch.nn.Module]) -> Callable[..., Any]:
         kwargs.pop("logits_to_keep", None)
         kwargs.pop("return_dict", None)
         outputs = self.base_model(*args, **kwargs)
+        hidden_states = outputs.last_hidden_state
         fields = {
-            "loss": _loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs),
             "past_key_values": outputs.past_key_values,
             "hidden_states": outputs.hidden_states,
             "attentions": outputs.attentions,
         }
+        kind = CausalLMOutputWithPast
         if hasattr(outputs, "cross_attentions"):
-            return CausalLMOutputWithCrossAttentions(**fields, cross_attentions=outputs.cross_attentions)
-        return CausalLMOutputWithPast(**fields)
+            kind, fields["cross_attentions"] = CausalLMOutputWithCrossAttentions, outputs.cross_attentions
+        if torch.compiler.is_compiling():
+            logits = self.lm_head(hidden_states)
+            loss = ForCausalLMLoss(logits, labels, self.config.vocab_size, **kwargs)
+            return kind(loss=loss, logits=logits, **fields)
+        output = _with_late_logits(kind)(loss=_loss(hidden_states, self.lm_head, labels, **kwargs), **fields)
+        output.unembed = _unembedding(self.lm_head, hidden_states)
+        return output
 
     return forward
+
+
+@functools.cache
+def _with_late_logits(kind: type[ModelOutput]) -> type[ModelOutput]:
+    """A subclass of an output class whose ``logits`` are what ``unembed`` returns when they are first read.
+
+    As an attribute, by name, by number or in a tuple; they are not among ``keys``, so that what goes through all of an
+    output doesn't compute them. A wrapper that builds another output of its keys gives ``logits`` that are None.
+    """
+
+    class Output(kind):
+        unembed: Callable[[], Tensor] | None = None
+
+        @property
+        def logits(self) -> Tensor | None:
+            if self.unembed is not None:
+                self.logits = self.unembed()
+            return vars(self).get("_logits")
+
+        @logits.setter
+        def logits(self, logits: Tensor | None) -> None:
+            vars(self).update(_logits=logits, unembed=None)
+
+        def __getitem__(self, key: str | int | slice) -> Any:
+            if key == "logits" and self.logits is not None:
+                return self.logits
+            return super().__getitem__(key)
+
+        def to_tuple(self) -> tuple[Any, ...]:
+            values = (getattr(self, field.name) for field in dataclasses.fields(self))
+            return tuple(value for value in values if value is not None)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return kind, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    Output.__name__, Output.__qualname__, Output.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Output
+
+
+def _unembedding(head: torch.nn.Linear, hidden_states: Tensor) -> Callable[[], Tensor]:
+    """The head's output, later, under the autocast of now."""
+    device, version = hidden_states.device.type, head.weight._version
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def unembed() -> Tensor:
+        if head.weight._version != version:
+            raise RuntimeError("lm_head has changed since the forward pass: read logits before the optimizer's step")
+        with torch.autocast(device, dtype, enabled=enabled):
+            return head(hidden_states)
+
+    return unembed
 
 
 def reason_to_leave(model: torch.nn.Module) -> str:
@@ -92,7 +157,7 @@ def _loss(
         )
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
+    return (loss if num_items_in_batch is None else loss / num_items_in_batch).float()
 
 
 def _is_zero(logits_to_keep: int | Tensor) -> bool:

@@ -19,7 +19,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention on fastformer's kernels (Vaswani et al. 2017, arXiv 1706.03762).
 
     It differs from torch's in three ways: a query that may attend to nothing has weights of zero, not NaN, and gives
-    ``out_proj`` of zeros; ``out_proj`` is called as a module, so that its hooks run; nested tensors are refused.
+    ``out_proj`` of zeros; ``out_proj`` is called as a module, so that its hooks run; masks are checked. Nested tensors
+    are torch's own case.
     """
 
     def forward(
@@ -51,6 +52,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Raises:
             TypeError, ValueError: an argument is of the wrong kind or shape, or ``is_causal`` without ``attn_mask``.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return super().forward(query, key, value, *masks)
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         appended = (self.bias_k is not None) + bool(self.add_zero_attn)
         # The hint stands for the mask where it does in torch, and with padding, where torch merges the masks.
@@ -145,8 +149,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             ("key", key, self.kdim),
             ("value", value, self.vdim),
         ):
-            if x.is_nested:
-                raise TypeError(f"{name} is a nested tensor, must be padded: pass key_padding_mask")
             if x.dim() not in (2, 3) or x.dim() != query.dim():
                 raise ValueError(
                     f"{name} has shape {tuple(x.shape)}, must be 3-D, or 2-D without a batch, like the others"
