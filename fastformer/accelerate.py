@@ -14,20 +14,9 @@ from fastformer.integrations.transformers_layers import ORIGINAL
 
 #: torch's class -> ours.
 FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    getattr(torch.nn, name): getattr(nn, name)
-    for name in (
-        "LayerNorm",
-        "LinearCrossEntropyLoss",
-        "MultiheadAttention",
-        "RMSNorm",
-        "Softmax",
-        "Transformer",
-        "TransformerDecoder",
-        "TransformerDecoderLayer",
-        "TransformerEncoder",
-        "TransformerEncoderLayer",
-    )
-    if hasattr(torch.nn, name)  # torch 2.11 has no LinearCrossEntropyLoss
+    getattr(torch.nn, name): kind
+    for name, kind in vars(nn).items()
+    if isinstance(kind, type) and hasattr(torch.nn, name)
 }
 
 #: A module's dotted name in the model, or a class: the modules so named or of that class, and all inside them.
