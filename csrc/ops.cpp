@@ -27,15 +27,17 @@ STABLE_TORCH_LIBRARY(fastformer, m) {
 
   // query [B, H, Sq, D], key [B, G, Sk, D], value [B, G, Sk, Dv], mask broadcasting to [B, H, Sq, Sk] (bool: True may
   // attend; else added to scale * query key^T). is_causal: query i sees keys j <= i, or j <= i + Sk - Sq with
-  // bottom_right. output [B, H, Sq, Dv] lies in memory as [B, Sq, H, Dv]; lse [B, H, Sq], natural logarithm, -inf and
-  // an output of 0 where every key is masked.
+  // bottom_right. softcap: softcap * tanh(scale * query key^T / softcap) instead of scale * query key^T. output [B, H,
+  // Sq, Dv] lies in memory as [B, Sq, H, Dv]; lse [B, H, Sq], natural logarithm, -inf and an output of 0 where every
+  // key is masked.
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal,"
-      " bool bottom_right) -> (Tensor output, Tensor lse)");
+      " bool bottom_right, float? softcap=None) -> (Tensor output, Tensor lse)");
   // The gradients lie in memory like output: [B, S, heads, width]. grad_mask [B, H, Sq, Sk] float32, if asked for.
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? mask,"
-      " Tensor output, Tensor lse, float scale, bool is_causal, bool bottom_right, bool needs_grad_mask)"
+      " Tensor output, Tensor lse, float scale, bool is_causal, bool bottom_right, float? softcap,"
+      " bool needs_grad_mask)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
 
   // activation(input weight1^T + bias1) weight2^T + bias2, or with weight_gate

@@ -114,12 +114,13 @@ def test_masks(target: Target, mask_shape: tuple[int, ...], boolean: bool) -> No
 
 
 @on_fast_kernels
-@pytest.mark.parametrize("kind", ["bool", "key padding", "float32", "own dtype", "transposed"])
+@pytest.mark.parametrize("kind", ["bool", "transposed bool", "key padding", "float32", "own dtype", "transposed"])
 @pytest.mark.parametrize("seqlen_q", [2, 150])
 def test_masks_over_several_blocks(target: Target, kind: str, seqlen_q: int) -> None:
     seqlen_k = 170
     mask = {
         "bool": torch.rand(1, 4, seqlen_q, seqlen_k) > 0.3,
+        "transposed bool": (torch.rand(seqlen_k, seqlen_q) > 0.3).t(),
         "key padding": torch.arange(seqlen_k) < torch.tensor([[[[100]]], [[[170]]]]),
         "float32": torch.randn(seqlen_q, seqlen_k),
         "own dtype": torch.randn(2, 1, seqlen_q, seqlen_k).to(target.dtype),
@@ -133,6 +134,30 @@ def test_masks_over_several_blocks(target: Target, kind: str, seqlen_q: int) -> 
         bottom_right=True,
         with_lse=mask.dtype != torch.bool,
     )
+
+
+@on_fast_kernels
+@pytest.mark.parametrize("kind", ["all", "none", "window", "left padding", "right padding", "few keys", "odd bytes"])
+@pytest.mark.parametrize("seqlen_q", [1, 300])
+def test_boolean_masks_that_show_all_or_nothing_of_a_block(target: Target, kind: str, seqlen_q: int) -> None:
+    """There the kernels may pass over the mask, or over the keys."""
+    seqlen_k = 500
+    queries, keys = torch.arange(seqlen_q).unsqueeze(1) + seqlen_k - seqlen_q, torch.arange(seqlen_k)
+    mask = {
+        "all": torch.ones(seqlen_q, seqlen_k, dtype=torch.bool),
+        "none": torch.zeros(seqlen_q, seqlen_k, dtype=torch.bool),
+        "window": (keys <= queries) & (keys > queries - 40),
+        "left padding": keys >= torch.tensor([[[[131]]], [[[0]]]]),
+        "right padding": (keys < torch.tensor([[[[257]]], [[[500]]]])).expand(2, 1, seqlen_q, seqlen_k).contiguous(),
+        "few keys": (keys - 7 * queries) % seqlen_k < 3,
+        "odd bytes": torch.tensor([1, 2, 4], dtype=torch.uint8).repeat(seqlen_k)[:seqlen_k].view(torch.bool),
+    }[kind].to(target.device)
+    kept = mask.view(torch.uint8) != 0
+    functions = [
+        lambda *tensors, function=function, mask=mask: function(*tensors, mask)[:1]
+        for function, mask in ((attention, mask), (torchs, kept), (reference.attention, kept))
+    ]
+    check(target, *functions, inputs(target, 2, 4, 2, seqlen_q, seqlen_k, 32, 24))
 
 
 @on_targets
@@ -350,12 +375,12 @@ def test_opcheck() -> None:
     value, mask = torch.randn(1, 1, 7, 6, requires_grad=True), torch.randn(5, 7, requires_grad=True)
     forward, backward = torch.ops.fastformer.attention_forward, torch.ops.fastformer.attention_backward
     torch.library.opcheck(forward, (query, key, value, None, 0.3, True, False))
-    torch.library.opcheck(forward, (query, key, value, mask, 0.3, False, False))
+    torch.library.opcheck(forward, (query, key, value, mask, 0.3, False, False, 2.0))
     tensors = [x.detach() for x in (query, key, value, mask)]
-    output, lse = forward(*tensors, 0.3, True, True)
+    output, lse = forward(*tensors, 0.3, True, True, 2.0)
     grads = torch.randn(1, 2, 5, 6), torch.randn(1, 2, 5)
-    torch.library.opcheck(backward, (*grads, *tensors, output, lse, 0.3, True, True, True))
-    torch.library.opcheck(backward, (grads[0], None, *tensors[:3], None, output, lse, 0.3, False, False, False))
+    torch.library.opcheck(backward, (*grads, *tensors, output, lse, 0.3, True, True, 2.0, True))
+    torch.library.opcheck(backward, (grads[0], None, *tensors[:3], None, output, lse, 0.3, False, False, None, False))
 
 
 def test_gradcheck_and_double_backward() -> None:
@@ -369,10 +394,12 @@ def test_gradcheck_and_double_backward() -> None:
     assert torch.autograd.gradgradcheck(both, (query, key, value, mask))
 
 
-def test_double_backward_of_the_kernel() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_double_backward_of_the_kernel(softcap: float | None) -> None:
     def penalty(backend: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         with fastformer.backend(backend):
-            output, lse = attention(*tensors, is_causal=True)
+            options = {"is_causal": True, "softcap": softcap, "return_lse": True}
+            output, lse = F.scaled_dot_product_attention(*tensors, **options)
             grads = torch.autograd.grad(output.square().sum() + lse.sum(), tensors, create_graph=True)
             return torch.autograd.grad(sum(grad.square().sum() for grad in grads), tensors)
 
@@ -473,7 +500,7 @@ def test_errors_of_the_operator(words: str, changes: dict) -> None:
     tensors = {"grad_output": x, "grad_lse": None, "query": x, "key": x, "value": x, "mask": None, "output": x}
     tensors |= {"lse": torch.zeros(1, 2, 5)} | changes
     with fastformer.backend("cpu"), pytest.raises(RuntimeError, match=words):
-        torch.ops.fastformer.attention_backward(*tensors.values(), 1.0, False, False, False)
+        torch.ops.fastformer.attention_backward(*tensors.values(), 1.0, False, False, None, False)
 
 
 @needs_library
@@ -481,7 +508,7 @@ def test_without_query_heads_the_gradients_of_keys_are_zero() -> None:
     query, key, lse = torch.ones(1, 0, 5, 4), torch.ones(1, 2, 5, 4), torch.ones(1, 0, 5)
     tensors = (query, None, query, key, key, None, query, lse)
     with fastformer.backend("cpu"):
-        grads = torch.ops.fastformer.attention_backward(*tensors, 1.0, False, False, False)
+        grads = torch.ops.fastformer.attention_backward(*tensors, 1.0, False, False, None, False)
     assert (grads[1] == 0).all() and (grads[2] == 0).all()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Target, check, on_targets, tensor
+from support import KERNEL_TARGETS, Target, check, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -68,19 +68,69 @@ def test_windows_and_sinks(
     check(target, *functions, (*tensors, masks[mask], sinks))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_softcap(backend: str, dtype: torch.dtype) -> None:
-    target = Target(backend, "cpu", dtype)
-    tensors = [tensor(target, B, H, 6, D, scale=3.0), *(tensor(target, B, G, 9, D, scale=3.0) for _ in range(2))]
-    sinks = tensor(target, H)
-    options = {"softcap": 2.0, "is_causal": True, "causal_alignment": "bottom_right", "window": (5, None)}
+CAUSAL_AT_THE_END = {"is_causal": True, "causal_alignment": "bottom_right"}
+
+
+def check_softcap(
+    target: Target, lengths: tuple[int, int], mask: str | None, options: dict[str, Any], with_sinks: bool, scale: float
+) -> None:
+    """Scores of a spread of about ``scale`` squared."""
+    seqlen_q, seqlen_k = lengths
+    masks = {
+        None: None,
+        "bool": torch.rand(B, 1, seqlen_q, seqlen_k, device=target.device) > 0.2,
+        "added": tensor(target, H, seqlen_q, seqlen_k),
+    }
+    query = tensor(target, B, H, seqlen_q, D, scale=scale)
+    key, value = (tensor(target, B, G, seqlen_k, D, scale=factor) for factor in (scale, 1.0))
     functions: list[Callable[..., Any]] = [
         lambda *tensors, function=function: function(*tensors, **options) for function in (run, run, exact)
     ]
-    check(target, *functions, (*tensors, None, sinks))
-    uncapped = run(*tensors, None, sinks, **{**options, "softcap": None})[0]
-    assert not torch.allclose(uncapped, run(*tensors, None, sinks, **options)[0], rtol=0.05)
+    check(target, *functions, (query, key, value, masks[mask], tensor(target, H) if with_sinks else None))
+
+
+@on_targets
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((6, 9), None, {"softcap": 2.0, **CAUSAL_AT_THE_END, "window": (5, None)}, True, 3.0),
+        ((7, 7), "bool", {"softcap": 50.0, "is_causal": True}, False, 1.0),
+        ((2, 20), "added", {"softcap": 5.0, "scale": -0.7}, False, 2.0),
+    ],
+)
+def test_softcap(target: Target, case: tuple[Any, ...]) -> None:
+    check_softcap(target, *case)
+
+
+@pytest.mark.parametrize("target", [target for target in KERNEL_TARGETS if not target.slow], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((150, 300), None, {"softcap": 3.0, **CAUSAL_AT_THE_END}, True, 2.0),
+        ((200, 200), "added", {"softcap": 3.0}, False, 1.5),
+        ((200, 170), "bool", {"softcap": 0.5}, False, 1.0),
+        ((4, 1000), "bool", {"softcap": 2.0}, True, 1.0),
+        ((3, 600), None, {"softcap": 2.0, **CAUSAL_AT_THE_END}, False, 1.0),
+    ],
+)
+def test_softcap_over_several_blocks(target: Target, case: tuple[Any, ...]) -> None:
+    check_softcap(target, *case)
+
+
+@on_kernels
+def test_softcap_from_none_at_all_to_nothing_left(target: Target) -> None:
+    """A large one leaves the scores as they are, a small one makes them all alike."""
+    query, key, value = (tensor(target, 1, 2, 9, 16) for _ in range(3))
+    with fastformer.backend(target.backend):
+        plain = F.scaled_dot_product_attention(query, key, value)
+        large, huge = (F.scaled_dot_product_attention(query, key, value, softcap=cap) for cap in (1e9, 1e38))
+        small, tiny = (F.scaled_dot_product_attention(query, key, value, softcap=cap) for cap in (1e-9, 1e-60))
+    bound = {"rtol": 0, "atol": 4 * torch.finfo(target.dtype).eps}
+    torch.testing.assert_close(large, plain, **bound)
+    torch.testing.assert_close(huge, plain, **bound)
+    mean = value.double().mean(2, keepdim=True).expand_as(value)
+    torch.testing.assert_close(small.double(), mean, **bound)
+    torch.testing.assert_close(tiny.double(), mean, **bound)
 
 
 def test_dropout_beside_a_sink_drops_keys_only() -> None:
@@ -91,9 +141,20 @@ def test_dropout_beside_a_sink_drops_keys_only() -> None:
     assert set(out.unique().tolist()) == {0.0, 1.0}
 
 
+def test_a_row_without_keys_and_without_a_sink_gives_zeros() -> None:
+    x, mask = torch.randn(1, 2, 3, 4, requires_grad=True), torch.ones(3, 3, dtype=torch.bool)
+    mask[0] = False
+    sinks = torch.tensor([-math.inf, 0.0], requires_grad=True)
+    out, lse = F.scaled_dot_product_attention(x, x, x, mask, sinks=sinks, return_lse=True)
+    assert not out[:, :, 0].any() and lse[0, :, 0].tolist() == [-math.inf, 0.0]
+    grads = torch.autograd.grad(out.sum(), (x, sinks))
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
+        ({"window": (True, None)}, ValueError, r"window is \(True, None\)"),
         ({"window": 3}, ValueError, "window is 3, must be"),
         ({"window": (1, -2)}, ValueError, r"window is \(1, -2\)"),
         ({"window": (1.5, None)}, ValueError, r"window is \(1.5, None\)"),
@@ -108,13 +169,3 @@ def test_errors(options: dict[str, Any], error: type[Exception], words: str) -> 
     x = torch.randn(1, 2, 3, 4)
     with pytest.raises(error, match=words):
         F.scaled_dot_product_attention(x, x, x, **options)
-
-
-def test_a_kernel_without_softcap_is_not_asked_silently() -> None:
-    x = torch.randn(1, 2, 3, 4)
-    with fastformer.backend("reference"):
-        F.scaled_dot_product_attention(x, x, x, softcap=1.0)
-    for name in ("cpu", "triton"):
-        if fastformer.backends.available(name, "cpu"):
-            with fastformer.backend(name), pytest.raises(ValueError, match="softcap"):
-                F.scaled_dot_product_attention(x, x, x, softcap=1.0)

@@ -16,6 +16,7 @@ from .attention_backward import attention_backward
 from .attention_tiles import (
     LOG2E,
     architecture,
+    cap_scores,
     describe,
     empty_heads,
     launch_options,
@@ -24,6 +25,7 @@ from .attention_tiles import (
     mask_scores,
     padded_width,
     select_tiles,
+    softcap_argument,
     store_rows,
     use_descriptors,
     visible_keys,
@@ -54,6 +56,7 @@ def _attend(
     seqlen_k,
     causal_offset,
     scale,
+    softcap,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,18 +71,19 @@ def _attend(
     for start in range(begin, end, BLOCK_K):
         key_tile = load_rows(key, key_strides, batch, kv_head, start, seqlen_k, HEAD_DIM, BLOCK_K, BLOCK_D, DESCRIPTORS)
         scores = tl.dot(query_tile, key_tile.T, input_precision="ieee")  # [BLOCK_Q, BLOCK_K]
+        scores, factor = cap_scores(scores, scale, softcap)
         if EDGE or MASK != "none" or query_tile.dtype == tl.float32:
             scores = mask_scores(
-                scores * scale, first_query, start, mask, mask_strides, seqlen_q, seqlen_k, causal_offset,
+                scores * factor, first_query, start, mask, mask_strides, seqlen_q, seqlen_k, causal_offset,
                 MASK, EDGE, IS_CAUSAL, False,
             )  # fmt: skip
             new_peak = tl.maximum(peak, tl.max(scores, 1))
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # -inf - -inf would be NaN
             weights = tl.exp2((scores - shift[:, None]) * LOG2E)
         else:
-            new_peak = tl.maximum(peak, tl.max(scores, 1) * scale)
+            new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
             shift = new_peak
-            weights = tl.exp2(scores * (scale * LOG2E) - (shift * LOG2E)[:, None])  # one fused multiply-add each
+            weights = tl.exp2(scores * (factor * LOG2E) - (shift * LOG2E)[:, None])  # one fused multiply-add each
         decay = tl.exp2((peak - shift) * LOG2E)
         total = total * decay + tl.sum(weights, 1)
         value_tile = load_rows(
@@ -122,6 +126,7 @@ def attention_forward_kernel(
     seqlen_k,
     causal_offset,  # query i sees keys up to i + causal_offset
     scale,  # positive or 0
+    softcap,  # positive, or None
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -159,7 +164,7 @@ def attention_forward_kernel(
         accumulator, peak, total = _attend(
             accumulator, peak, total, query_tile, first_query, key, key_strides, value, value_strides,
             mask, (mask_stride_q, mask_stride_k), batch, kv_head, full if EDGE else 0, end if EDGE else full,
-            seqlen_q, seqlen_k, causal_offset, scale,
+            seqlen_q, seqlen_k, causal_offset, scale, softcap,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_K, MASK, EDGE, IS_CAUSAL, DESCRIPTORS,
         )  # fmt: skip
 
@@ -178,10 +183,12 @@ def attention_forward(
     scale: float,
     is_causal: bool,
     bottom_right: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output [B, H, Sq, Dv], lse [B, H, Sq] float32) of query [B, H, Sq, D], key [B, G, Sk, D], value [B, G, Sk, Dv].
 
-    mask broadcasts to [B, H, Sq, Sk]: bool (True may attend), or float32 or the query's dtype (added).
+    mask broadcasts to [B, H, Sq, Sk]: bool (True may attend), or float32 or the query's dtype (added). With softcap the
+    scores before the mask are softcap * tanh(scale * query key^T / softcap).
     """
     batch, heads, seqlen_q, head_dim = query.shape
     kv_heads, seqlen_k, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -193,7 +200,8 @@ def attention_forward(
         query, scale = -query, -scale
     query, key, value = (within_reach(x) for x in (query, key, value))
     mask, mask_strides, mask_kind = mask_arguments(mask, (batch, heads, seqlen_q, seqlen_k))
-    tile = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), mask is not None).forward
+    crowded = mask is not None or softcap is not None
+    tile = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), crowded).forward
     descriptors = use_descriptors(query, key, value)
     with torch.cuda.device_of(query):
         attention_forward_kernel[(triton.cdiv(seqlen_q, tile.block_q) * batch * heads,)](
@@ -214,6 +222,7 @@ def attention_forward(
             seqlen_k,
             seqlen_k - seqlen_q if bottom_right else 0,
             scale,
+            softcap_argument(softcap),
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             BLOCK_D=padded_width(head_dim),
@@ -221,6 +230,6 @@ def attention_forward(
             MASK=mask_kind,
             IS_CAUSAL=is_causal,
             DESCRIPTORS=descriptors,
-            **launch_options(tile),
+            **launch_options(tile, softcap is not None),
         )
     return output, lse

@@ -5,6 +5,9 @@ With P = exp(scale * Q K^T + mask - lse), recomputed tile by tile, and dP = dO V
     delta = rowsum(dO * O) - dlse      dS = P * (dP - delta)
     dV = P^T dO      dK = scale * dS^T Q      dQ = scale * dS K      dmask = dS
 
+With softcap, P = exp(softcap * T + mask - lse), T = tanh(scale * Q K^T / softcap), and dK and dQ have dS * (1 - T^2)
+for dS.
+
 Every gradient is summed by one program in a fixed order, so that the result is the same bits each time. Legend of
 shapes: attention_tiles.py.
 """
@@ -21,6 +24,7 @@ from .attention_tiles import (
     LOG2E,
     Tile,
     architecture,
+    cap_scores,
     describe,
     empty_heads,
     launch_options,
@@ -29,6 +33,7 @@ from .attention_tiles import (
     mask_scores,
     padded_width,
     select_tiles,
+    softcap_argument,
     store_rows,
     use_descriptors,
     visible_keys,
@@ -142,6 +147,7 @@ def _sum_over_queries(
     seqlen_k,
     causal_offset,
     scale,
+    softcap,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -162,10 +168,11 @@ def _sum_over_queries(
             query, query_strides, batch, head, start, seqlen_q, HEAD_DIM, BLOCK_Q, BLOCK_D, DESCRIPTORS
         )
         scores = tl.dot(key_tile, query_tile.T, input_precision="ieee")
+        scores, factor = cap_scores(scores, scale, softcap)
         row_lse = _load_lse(lse, queries, seqlen_q)
         weights = _recompute_weights(
             scores, row_lse[None, :], start, first_key, mask, mask_strides, seqlen_q, seqlen_k, causal_offset,
-            scale, MASK, EDGE, IS_CAUSAL, True, query_tile.dtype == tl.float32,
+            factor, MASK, EDGE, IS_CAUSAL, True, query_tile.dtype == tl.float32,
         )  # fmt: skip
         grad_tile = load_rows(
             grad_output, grad_strides, batch, head, start, seqlen_q, VALUE_DIM, BLOCK_Q, BLOCK_DV, DESCRIPTORS
@@ -174,6 +181,8 @@ def _sum_over_queries(
         grad_weights = tl.dot(value_tile, grad_tile.T, input_precision="ieee")
         row_delta = tl.load(delta + queries, mask=queries < seqlen_q, other=0.0)
         grad_scores = weights * (grad_weights - row_delta[None, :])
+        if softcap is not None:
+            grad_scores *= 1 - scores * scores
         grad_key = tl.dot(grad_scores.to(query_tile.dtype), query_tile, grad_key, input_precision="ieee")
     return grad_key, grad_value
 
@@ -217,6 +226,7 @@ def attention_dkdv_kernel(
     seqlen_k,
     causal_offset,  # query i sees keys up to i + causal_offset
     scale,
+    softcap,  # positive, or None
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -265,7 +275,7 @@ def attention_dkdv_kernel(
                 grad_key_tile, grad_value_tile, key_tile, value_tile, first_key,
                 grad_output, grad_strides, query, query_strides, head_mask, (mask_stride_q, mask_stride_k),
                 lse + first_row, delta + first_row, batch, head, begin if EDGE else full, full if EDGE else seqlen_q,
-                seqlen_q, seqlen_k, causal_offset, scale,
+                seqlen_q, seqlen_k, causal_offset, scale, softcap,
                 HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, MASK, EDGE, IS_CAUSAL, DESCRIPTORS,
             )  # fmt: skip
 
@@ -298,6 +308,7 @@ def _sum_over_keys(
     seqlen_k,
     causal_offset,
     scale,
+    softcap,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -312,8 +323,9 @@ def _sum_over_keys(
     for start in range(begin, end, BLOCK_K):
         key_tile = load_rows(key, key_strides, batch, kv_head, start, seqlen_k, HEAD_DIM, BLOCK_K, BLOCK_D, DESCRIPTORS)
         scores = tl.dot(query_tile, key_tile.T, input_precision="ieee")
+        scores, factor = cap_scores(scores, scale, softcap)
         weights = _recompute_weights(
-            scores, row_lse, first_query, start, mask, mask_strides, seqlen_q, seqlen_k, causal_offset, scale,
+            scores, row_lse, first_query, start, mask, mask_strides, seqlen_q, seqlen_k, causal_offset, factor,
             MASK, EDGE, IS_CAUSAL, False, query_tile.dtype == tl.float32,
         )  # fmt: skip
         value_tile = load_rows(
@@ -326,6 +338,8 @@ def _sum_over_keys(
             keys = start + tl.arange(0, BLOCK_K)[None, :]
             pointers = grad_mask + queries.to(tl.int64) * seqlen_k + keys
             tl.store(pointers, grad_scores, mask=(queries < seqlen_q) & (keys < seqlen_k))
+        if softcap is not None:
+            grad_scores *= 1 - scores * scores
         grad_query = tl.dot(grad_scores.to(key_tile.dtype), key_tile, grad_query, input_precision="ieee")
     return grad_query
 
@@ -366,6 +380,7 @@ def attention_dq_kernel(
     seqlen_k,
     causal_offset,  # query i sees keys up to i + causal_offset
     scale,
+    softcap,  # positive, or None
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -410,7 +425,7 @@ def attention_dq_kernel(
         grad_query_tile = _sum_over_keys(
             grad_query_tile, query_tile, grad_tile, row_lse[:, None], row_delta[:, None], first_query,
             key, key_strides, value, value_strides, mask, (mask_stride_q, mask_stride_k), grad_mask, batch, kv_head,
-            full if EDGE else 0, end if EDGE else full, seqlen_q, seqlen_k, causal_offset, scale,
+            full if EDGE else 0, end if EDGE else full, seqlen_q, seqlen_k, causal_offset, scale, softcap,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_K, MASK, EDGE, IS_CAUSAL, DESCRIPTORS,
         )  # fmt: skip
 
@@ -430,6 +445,7 @@ def attention_backward(
     scale: float,
     is_causal: bool,
     bottom_right: bool,
+    softcap: float | None,
     needs_grad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value, grad_mask) in the shapes of attention_forward's arguments.
@@ -466,10 +482,12 @@ def attention_backward(
             BLOCK_Q=DELTA_ROWS,
         )
 
-    tiles = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), mask is not None)
+    crowded = mask is not None or softcap is not None
+    tiles = select_tiles(architecture(query.device), head_dim, value_dim, query.element_size(), crowded)
     mask, mask_strides, mask_kind = mask_arguments(mask, shape)
     strides = [*grad_output.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mask_strides]
-    sizes = [heads, kv_heads, seqlen_q, seqlen_k, seqlen_k - seqlen_q if bottom_right else 0, scale]
+    offset = seqlen_k - seqlen_q if bottom_right else 0
+    sizes = [heads, kv_heads, seqlen_q, seqlen_k, offset, scale, softcap_argument(softcap)]
     descriptors = use_descriptors(grad_output, query, key, value)
     constants = {
         "HEAD_DIM": head_dim,
@@ -501,7 +519,7 @@ def attention_backward(
             *grad_value.stride()[:3],
             *sizes,
             **constants,
-            **launch_options(tiles.dkdv),
+            **launch_options(tiles.dkdv, softcap is not None),
         )
         attention_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_q) * batch * heads,)](
             *inputs(tiles.dq),
@@ -514,6 +532,6 @@ def attention_backward(
             *grad_query.stride()[:3],
             *sizes,
             **constants,
-            **launch_options(tiles.dq),
+            **launch_options(tiles.dq, softcap is not None and max(head_dim, value_dim) <= 64),
         )
     return grad_query, grad_key, grad_value, grad_mask

@@ -1,4 +1,4 @@
-"""What the attention kernels, forward and backward, share: tile sizes, loads, stores and masks.
+"""What the attention kernels, forward and backward, share: tile sizes, loads, stores, softcap and masks.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Sq and Sk lengths, D head_dim, Dv value width.
 A program works on one (batch, head) and on tiles of BLOCK_Q queries by BLOCK_K keys; D and Dv are padded to powers of
@@ -41,12 +41,13 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# (architecture, head width at most, bytes an element, masked) -> tiles. The budget: no register spills (255 registers
+# (architecture, head width at most, bytes an element, crowded) -> tiles. The budget: no register spills (255 registers
 # a thread), and shared memory within 99 KB on "sm_80", so that sm_86, sm_89 and sm_120 run it too, and 227 KB on
 # "sm_90". At 8 warps a [128, 128] float32 accumulator takes 64 registers a thread; forward holds one of output's width
-# and the scores, dkdv two of head width, the scores and their gradients. A mask adds a tile of its own to registers
-# and, pipelined, to shared memory, hence the smaller blocks. float32 products run on the plain cores, which read
-# both operands into registers. "sm_100" has its own rows where it spills with those of "sm_90".
+# and the scores, dkdv two of head width, the scores and their gradients. Crowded is what has a mask or softcap: either
+# adds a tile of its own to registers, and a mask, pipelined, to shared memory, hence the smaller blocks. float32
+# products run on the plain cores, which read both operands into registers. "sm_100" has its own rows where it spills
+# with those of "sm_90".
 TILES: dict[tuple[str, int, int, bool], Tiles] = {
     ("sm_80", 64, 2, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
@@ -74,7 +75,7 @@ TILES: dict[tuple[str, int, int, bool], Tiles] = {
     ("sm_90", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
     ("sm_100", 128, 2, False): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
     ("sm_100", 128, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_100", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_100", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 32, 8, 2)),
     ("sm_100", 64, 4, True): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
 }
 
@@ -84,15 +85,15 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, masked: bool) -> Tiles:
-    """The row of the table for heads as wide as the wider of query and value."""
+def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, crowded: bool) -> Tiles:
+    """The row of the table for heads as wide as the wider of query and value; crowded: with a mask or softcap."""
     width = max(64, padded_width(head_dim), padded_width(value_dim))
     if architecture == "gfx942":  # as sm_80, with as many threads: its warps have 64
-        tiles = TILES["sm_80", width, itemsize, masked]
+        tiles = TILES["sm_80", width, itemsize, crowded]
         return Tiles(*(tile._replace(num_warps=tile.num_warps // 2) for tile in tiles))
-    if architecture == "sm_100" and (architecture, width, itemsize, masked) not in TILES:
+    if architecture == "sm_100" and (architecture, width, itemsize, crowded) not in TILES:
         architecture = "sm_90"
-    return TILES[architecture, width, itemsize, masked]
+    return TILES[architecture, width, itemsize, crowded]
 
 
 @functools.cache
@@ -128,19 +129,31 @@ def describe(tensor: Tensor, block_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, [1, 1, block_rows, padded_width(tensor.shape[-1])])
 
 
-def launch_options(tile: Tile) -> dict[str, int]:
-    """The tile as the keyword arguments of a kernel."""
-    return {
+def launch_options(tile: Tile, most_registers: bool) -> dict[str, int]:
+    """The tile as the keyword arguments of a kernel.
+
+    most_registers: without it the compiler, for the sake of 128 registers, spills some in kernels with softcap; with it
+    it spills in those whose dq is wide.
+    """
+    options = {
         "BLOCK_Q": tile.block_q,
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+    if most_registers and not torch.version.hip:
+        options["maxnreg"] = 255
+    return options
 
 
 def within_reach(tensor: Tensor) -> Tensor:
     """The tensor as the kernels can walk it: with stride 1 in the last dimension and rows less than FAR apart."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) < FAR else tensor.contiguous()
+
+
+def softcap_argument(softcap: float | None) -> float | None:
+    """softcap within bounds beyond which it changes nothing more, but scale / softcap might become 0 or infinite."""
+    return None if softcap is None else min(max(softcap, 1e-30), 1e30)
 
 
 def empty_heads(batch: int, heads: int, seqlen: int, width: int, like: Tensor) -> Tensor:
@@ -202,6 +215,29 @@ def store_rows(
     pointers = first + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + columns
     inside = (start + rows < seqlen) & (columns < WIDTH)
     tl.store(pointers, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    """Of float32, within 2 ulp. |x| < 0.6: x + x^3 p(x^2), p of degree 4. Beyond: 1 - 2e / (1 + e), e = e^(-2|x|)."""
+    square = x * x
+    p = square * -0.00626911968 + 0.0211109594
+    p = square * p - 0.0538739487
+    p = square * p + 0.133329153
+    p = square * p - 0.333333313
+    small = x + x * square * p
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    large = 1 - 2 * e / (1 + e)
+    return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def cap_scores(scores, scale, softcap):
+    """(scores, factor), to be multiplied: with softcap tanh(scale / softcap * scores) and softcap, else as given."""
+    if softcap is not None:
+        scores = _tanh(scores * (scale / softcap))
+        scale = softcap
+    return scores, scale
 
 
 @triton.jit

@@ -61,7 +61,8 @@ void check_inputs(const Tensor& query, const Tensor& key, const Tensor& value) {
 }
 
 Attention attention_inputs(const Tensor& query, const Tensor& key, const Tensor& value, const BroadcastMask& mask,
-                           double scale, bool is_causal, bool bottom_right) {
+                           double scale, bool is_causal, bool bottom_right, std::optional<double> softcap) {
+  STD_TORCH_CHECK(!softcap.has_value() || *softcap > 0, "softcap must be positive");
   const int64_t seqlen_q = query.size(2), seqlen_k = key.size(2);
   const auto strides = [](const Tensor& t, int64_t (&to)[3]) {
     for (int64_t i = 0; i < 3; ++i) to[i] = t.stride(i);
@@ -85,6 +86,8 @@ Attention attention_inputs(const Tensor& query, const Tensor& key, const Tensor&
       .value_strides = {},
       .mask_strides = {mask.strides[0], mask.strides[1], mask.strides[2], mask.strides[3]},
       .scale = static_cast<float>(scale),
+      // Beyond these bounds it changes nothing more, but scale / softcap might become 0 or infinite.
+      .softcap = softcap.has_value() ? static_cast<float>(std::clamp(*softcap, 1e-30, 1e30)) : 0.0f,
       .diagonal = !is_causal     ? seqlen_k
                   : bottom_right ? seqlen_k - seqlen_q + 1
                                  : 1,
@@ -134,7 +137,7 @@ void decode(const AttentionForward& args, int64_t batch) {
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                              const std::optional<Tensor>& mask, double scale, bool is_causal,
-                                             bool bottom_right) {
+                                             bool bottom_right, std::optional<double> softcap) {
   check_inputs(query, key, value);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
   const Tensor output = empty_heads(query, batch, heads, seqlen_q, value.size(3));
@@ -146,7 +149,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
                v = rows_contiguous(value);
   const AttentionForward args{
       .inputs = attention_inputs(q, k, v, broadcast_mask(mask, {batch, heads, seqlen_q, seqlen_k}),
-                                 sign == 0.0 ? 1.0 : std::abs(scale), is_causal, bottom_right),
+                                 sign == 0.0 ? 1.0 : std::abs(scale), is_causal, bottom_right, softcap),
       .output = mutable_pointer(output),
       .lse = mutable_pointer<float>(lse),
   };
@@ -158,12 +161,10 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
   return {output, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_output,
-                                                              const std::optional<Tensor>& grad_lse,
-                                                              const Tensor& query, const Tensor& key,
-                                                              const Tensor& value, const std::optional<Tensor>& mask,
-                                                              const Tensor& output, const Tensor& lse, double scale,
-                                                              bool is_causal, bool bottom_right, bool needs_grad_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_output, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const std::optional<Tensor>& mask, const Tensor& output, const Tensor& lse, double scale,
+    bool is_causal, bool bottom_right, std::optional<double> softcap, bool needs_grad_mask) {
   check_inputs(query, key, value);
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), seqlen_k = key.size(2);
   const int64_t kv_heads = key.size(1), head_dim = query.size(3), value_dim = value.size(3);
@@ -189,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
       grad_lse.has_value() ? std::optional(as_float(*grad_lse, "grad_lse")) : std::nullopt;
   AttentionBackward args{
       .inputs = attention_inputs(q, k, v, broadcast_mask(mask, {batch, heads, seqlen_q, seqlen_k}), scale, is_causal,
-                                 bottom_right),
+                                 bottom_right, softcap),
       .grad_output = pointer(dout),
       .output = pointer(out),
       .grad_lse = pointer<float>(dlse),

@@ -69,12 +69,12 @@ def scaled_dot_product_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See functional.scaled_dot_product_attention."""
     torchs_own = causal_alignment == "top_left" and window is None and softcap is None and sinks is None
-    if torchs_own and not return_lse and dropout_p == 0 and _common.ordinary(query):
+    if torchs_own and not return_lse and dropout_p == 0 and _common.ordinary(query, key, value, attn_mask):
         try:
             output = _ordinary(query, key, value, attn_mask, is_causal, scale, enable_gqa)
             if output is not None:
                 return output
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
+        except _common.CAUGHT:
             pass  # see _common.ordinary
     _check(query, key, value, attn_mask, scale, "attn_mask")
     if not 0.0 <= dropout_p <= 1.0:
@@ -129,7 +129,7 @@ def _ordinary(
     *leading, value_width = value.shape
     if key.shape != (batch, kv_heads, seqlen_k, head_dim) or leading != [batch, kv_heads, seqlen_k]:
         return None  # torch's own function doesn't see every such mistake
-    if heads != kv_heads and not enable_gqa:
+    if heads != kv_heads and not (enable_gqa and kv_heads):
         return None
     if not 1 <= head_dim <= MAX_WIDTH or not 1 <= value_width <= MAX_WIDTH:
         return None
@@ -137,10 +137,10 @@ def _ordinary(
     if not -math.inf < scale < math.inf:
         return None
     record = _common.needs_grad(query, key, value, mask)
-    lacks = "" if mask is None else _CAUSAL_AND_MASK * is_causal
+    lacks = _CAUSAL_AND_MASK if is_causal and mask is not None else ""
     kernel = backends.choose("attention", key, torch_lacks=lacks, record=record)
     if kernel == "cpu":
-        return _forward(record, query, key, value, mask, scale, is_causal, False)[0]
+        return _forward(record, query, key, value, mask, scale, is_causal, False, None)[0]
     if kernel == "torch" and mask is None and seqlen_k > 0:
         return _torch(query, key, value, None, scale, is_causal, False, 0.0)
     return None
@@ -170,12 +170,12 @@ def _attention(
     unsupported = _common.unsupported(query, mask)
     if not unsupported and dropout_p > 0:
         unsupported = "dropout"
-    if not unsupported and softcap is not None:
-        unsupported = "softcap"
     if not unsupported and not (1 <= query.shape[-1] <= MAX_WIDTH and 1 <= value.shape[-1] <= MAX_WIDTH):
         unsupported = f"head_dim {query.shape[-1]} and value width {value.shape[-1]}, only 1 to {MAX_WIDTH}"
     lacks = ""
-    if return_lse:
+    if softcap is not None:
+        lacks = "softcap"
+    elif return_lse:
         lacks = "log-sum-exp"
     elif bottom_right:
         lacks = "causal mask aligned to the bottom right"
@@ -185,7 +185,7 @@ def _attention(
     kernel = backends.choose("attention", key, unsupported=unsupported, torch_lacks=lacks, record=record)
     if kernel == "torch":
         if return_lse or softcap is not None:
-            return _composed(query, key, value, mask, scale, is_causal, bottom_right, dropout_p, softcap)
+            return _composed(query, key, value, mask, scale, is_causal, bottom_right, softcap, dropout_p)
         return _torch(query, key, value, mask, scale, is_causal, bottom_right, dropout_p), None
     if kernel == "reference":
         if dropout_p > 0:
@@ -193,7 +193,7 @@ def _attention(
         options = {"scale": scale, "is_causal": is_causal, "bottom_right": bottom_right, "softcap": softcap}
         output, lse = reference.attention(query, key, value, mask, **options)
         return output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
-    return _forward(record, query, key, value, mask, scale, is_causal, bottom_right)
+    return _forward(record, query, key, value, mask, scale, is_causal, bottom_right, softcap)
 
 
 def _within(
@@ -201,7 +201,7 @@ def _within(
 ) -> Tensor:
     """The mask with what lies outside the window masked too."""
     bounds = tuple(window) if isinstance(window, tuple | list) else ()
-    if len(bounds) != 2 or any(x is not None and (not isinstance(x, int) or x < 0) for x in bounds):
+    if len(bounds) != 2 or any(x is not None and (type(x) is not int or x < 0) for x in bounds):
         raise ValueError(f"window is {window!r}, must be (left, right), each None or an int that is not negative")
     visible = reference.window_mask(
         query.shape[-2], key.shape[-2], *bounds, bottom_right=bottom_right, device=query.device
@@ -214,7 +214,8 @@ def _within(
 def _with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """(output, lse) of rows with one more score, the head's sink, which has no value."""
     sinks = sinks.to(lse.dtype).unsqueeze(-1)  # [H, 1]
-    share = torch.sigmoid(lse - sinks)  # what the sink leaves to the keys
+    # What the sink leaves to the keys: nothing where all are masked, and there is no sink either (-inf).
+    share = torch.sigmoid((lse - sinks).masked_fill(lse == -math.inf, -math.inf))
     return (output * share.unsqueeze(-1)).to(output.dtype), torch.logaddexp(lse, sinks)
 
 
@@ -250,7 +251,7 @@ def _torch(
     dropout_p: float,
 ) -> Tensor:
     """torch's own function, except that a row with nothing to attend to gives zeros."""
-    gqa = query.shape[1] != key.shape[1]
+    gqa = bool(query.shape[1] != key.shape[1])  # of symbolic sizes too
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     if mask is None and not bottom_right and seqlen_k > 0:
         return torch_functional.scaled_dot_product_attention(
@@ -288,8 +289,8 @@ def _composed_in_float(
     scale: float,
     is_causal: bool,
     bottom_right: bool,
+    softcap: float | None,
     dropout_p: float = 0.0,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = query.shape[1] // key.shape[1] if key.shape[1] else 1
@@ -325,6 +326,7 @@ def _(
     scale: float,
     is_causal: bool,
     bottom_right: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     output = _empty_heads(query, query.shape[2], value.shape[3])
     return output, query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -343,6 +345,7 @@ def _(
     scale: float,
     is_causal: bool,
     bottom_right: bool,
+    softcap: float | None,
     needs_grad_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = tuple(_empty_heads(x, x.shape[2], x.shape[3]) for x in (query, key, value))
@@ -351,7 +354,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, ctx.scale, ctx.is_causal, ctx.bottom_right = inputs
+    query, key, value, mask, ctx.scale, ctx.is_causal, ctx.bottom_right, ctx.softcap = inputs
     ctx.backend = backends.requested()
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(query, key, value, mask, *output)
@@ -359,23 +362,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     query, key, value, mask, output, lse = ctx.saved_tensors
-    options = (ctx.scale, ctx.is_causal, ctx.bottom_right)
+    options = (ctx.scale, ctx.is_causal, ctx.bottom_right, ctx.softcap)
     if torch.is_grad_enabled():  # create_graph
 
         def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             return _composed(query, key, value, mask, *options)
 
         grads = _common.differentiable_vjp(composed, (query, key, value, mask), (grad_output, grad_lse))
-        return *grads, None, None, None
+        return *grads, None, None, None, None
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     needs_grad_mask = mask is not None and ctx.needs_input_grad[3]
-    with backends.backend(ctx.backend):
+    with _common.forwards_backend(ctx):
         *grads, grad_mask = _backward_kernel(
             grad_output, grad_lse, query, key, value, mask, output, lse, *options, needs_grad_mask
         )
     grad_mask = grad_mask.sum_to_size(mask.shape).to(mask.dtype) if needs_grad_mask else None
-    return *grads, grad_mask, None, None, None
+    return *grads, grad_mask, None, None, None, None
 
 
 _forward = _common.differentiable("attention_forward", _setup_context, _backward)

@@ -5,7 +5,7 @@
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
-constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kKeyBlock = kMostKeys;
 
 // A query block's state between blocks of keys.
 template <typename Unit>
@@ -106,18 +106,18 @@ FASTFORMER_INLINE Vec exponentiate(const float* scores, Unit* weights, int64_t k
 
 // Turns the scores of a block into weights, and brings what was summed so far to the new peak.
 template <typename Unit>
-void online_softmax(const Workspace<Unit>& w, const Running<Unit>& r, const float* terms, float scale,
+void online_softmax(const Workspace<Unit>& w, const Running<Unit>& r, const float* terms, float score_factor,
                     int64_t value_dim, const Band& band, int64_t all_vecs) {
   for (int64_t v = 0; v < all_vecs; ++v) {
     const int64_t lane = v * kLanes, reach = band.reach(v);
     if (reach == 0) continue;
-    const Vec factor = broadcast(scale * kLog2e);
+    const Vec factor = broadcast(score_factor);
     const Vec found = mask_and_peak(w.scores + lane, terms == nullptr ? nullptr : terms + lane, factor, band, v);
-    const Vec score_factor = terms == nullptr ? factor : broadcast(1.0f);
-    const Vec old_peak = load(r.peak + lane), peak = max(old_peak, found * score_factor);
+    const Vec rest = terms == nullptr ? factor : broadcast(1.0f);  // of the factor, still to be applied
+    const Vec old_peak = load(r.peak + lane), peak = max(old_peak, found * rest);
     const Vec shift = select(less(peak, broadcast(-FLT_MAX)), zero(), peak);  // -inf: nothing was visible yet
     const Vec fade = exp2(old_peak - shift);
-    const Vec sum = exponentiate(w.scores + lane, reinterpret_cast<Unit*>(w.scores) + lane, reach, score_factor, shift);
+    const Vec sum = exponentiate(w.scores + lane, reinterpret_cast<Unit*>(w.scores) + lane, reach, rest, shift);
     store(r.peak + lane, peak);
     store(r.total + lane, fma(load(r.total + lane), fade, sum));
     if (reduce_max(max(broadcast(1.0f) - fade, zero())) > 0.0f) {  // 0 for a lane of NaN, which would hide the others
@@ -150,6 +150,16 @@ void finish_block(const AttentionForward& args, int64_t batch, const QueryBlock&
 }
 
 template <typename T, typename Unit>
+void pack_key_block(const Attention& a, int64_t batch, int64_t kv_head, int64_t first_key, int64_t keys,
+                    const Workspace<Unit>& w) {
+  const int64_t rows = round_up(keys, kTileRows);
+  const T* key = static_cast<const T*>(a.key) + row_offset(a.key_strides, batch, kv_head, first_key);
+  const T* value = static_cast<const T*>(a.value) + row_offset(a.value_strides, batch, kv_head, first_key);
+  pack_rows(key, a.key_strides[2], keys, a.head_dim, w.keys, rows, w.key_units);
+  pack_depth_rows(value, a.value_strides[2], keys, a.value_dim, w.values, rows, w.value_units);
+}
+
+template <typename T, typename Unit>
 void forward_blocks(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end,
                     void* scratch) {
   const Attention& a = args.inputs;
@@ -171,21 +181,25 @@ void forward_blocks(const AttentionForward& args, int64_t batch, int64_t kv_head
   }
 
   for (int64_t first_key = 0; first_key < last_key; first_key += kKeyBlock) {
-    const int64_t keys = smaller(kKeyBlock, last_key - first_key), rows = round_up(keys, kTileRows);
-    const T* key = static_cast<const T*>(a.key) + row_offset(a.key_strides, batch, kv_head, first_key);
-    const T* value = static_cast<const T*>(a.value) + row_offset(a.value_strides, batch, kv_head, first_key);
-    pack_rows(key, a.key_strides[2], keys, a.head_dim, w.keys, rows, w.key_units);
-    pack_depth_rows(value, a.value_strides[2], keys, a.value_dim, w.values, rows, w.value_units);
+    const int64_t keys = smaller(kKeyBlock, last_key - first_key);
+    bool packed = false;
     for (int64_t block = begin; block < end; ++block) {
       const QueryBlock q = query_block(a, kv_head, block);
-      const Band band{keys, q.first + a.diagonal - first_key};
-      if (band.seen_by(q.count - 1) == 0) continue;
+      if (keys_seen(a, q) <= first_key) continue;
+      const Shown shown = shown_keys(a, batch, q, first_key, keys, kTileRows);
+      if (shown.from >= shown.to) continue;
+      if (!packed) pack_key_block<T>(a, batch, kv_head, first_key, keys, w);
+      packed = true;
       const Running<Unit> r = running_at(w, block - begin);
-      multiply_keys(w.keys, w.key_units, r.queries_t, w.scores, depth_units<Unit>(a.head_dim), band, q.vecs());
-      const float* terms = any_mask_terms(a, batch, q, first_key, keys, w.rows, w.terms);
-      online_softmax(w, r, terms, a.scale, a.value_dim, band, q.vecs());
-      multiply_values(w.values, w.value_units, reinterpret_cast<const Unit*>(w.scores), r.output_t, a.value_dim, band,
-                      q.vecs());
+      const int64_t first = first_key + shown.from;
+      const Band band{shown.to - shown.from, q.first + a.diagonal - first};
+      multiply_keys(w.keys + shown.from * w.key_units, w.key_units, r.queries_t, w.scores,
+                    depth_units<Unit>(a.head_dim), band, q.vecs());
+      if (!shown.plain) mask_terms(a, batch, q, first, band.keys, w.rows, w.terms);
+      cap_scores(a, w.scores, band, q.vecs());
+      online_softmax(w, r, shown.plain ? nullptr : w.terms, score_factor(a), a.value_dim, band, q.vecs());
+      multiply_values(w.values + shown.from / kUnitDepth<Unit> * w.value_units, w.value_units,
+                      reinterpret_cast<const Unit*>(w.scores), r.output_t, a.value_dim, band, q.vecs());
     }
   }
 

@@ -1,4 +1,5 @@
-// Attention: output = softmax(scale query key^T + mask) value, by blocks, never holding all the scores.
+// Attention: output = softmax(scale query key^T + mask) value, by blocks, never holding all the scores. With softcap,
+// softcap tanh(scale query key^T / softcap) instead of scale query key^T.
 //
 // Work comes in blocks of kQueryBlock queries of one head; those of all the heads that share a key head are numbered
 // through: block = head in group * query_blocks + block in head.
@@ -23,6 +24,7 @@ struct Attention {
   int64_t query_strides[3], key_strides[3], value_strides[3];  // batch, head, row; in elements; 1 along a row
   int64_t mask_strides[4];
   float scale;
+  float softcap;     // 0: none
   int64_t diagonal;  // query i sees keys j < i + diagonal; seqlen_k if not causal
 };
 

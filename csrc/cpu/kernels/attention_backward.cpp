@@ -1,6 +1,7 @@
 // With P = exp(scores - lse) and dP = grad_output value^T:
 //   delta = rowsum(grad_output * output) - grad_lse,  dS = P * (dP - delta),
 //   grad_value = P^T grad_output,  grad_query = scale dS key,  grad_key = scale dS^T query,  grad_mask = dS.
+// With softcap, t = tanh(scale query key^T / softcap), and dS (1 - t^2) is what goes on to query and key.
 #include "attention.h"
 #include "attention_block.h"
 
@@ -8,6 +9,7 @@ namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
 constexpr int64_t kKeyBlock = 64;
+static_assert(kKeyBlock <= kMostKeys);
 
 // Blocks of P and dS serve as A, in units along the queries, and dS as B too, in units along the keys.
 template <typename Unit>
@@ -32,8 +34,8 @@ struct Workspace {
   float* delta;         // [kQueryBlock]
   // One block of queries against one of keys.
   float* scores;           // [kKeyBlock][kQueryBlock]
-  float* grad_scores;      // [kKeyBlock][kQueryBlock], first dP and then dS
-  float* terms;            // [kKeyBlock][kQueryBlock] of the mask
+  float* grad_scores;      // [kKeyBlock][kQueryBlock], first dP and then dS, with softcap times 1 - t^2
+  float* terms;            // [kKeyBlock][kQueryBlock] of the mask; with softcap, dS in the end
   Unit* weights;           // P as A
   Unit* grad_scores_rows;  // dS as A
   Unit* grad_scores_deep;  // dS as B
@@ -63,7 +65,7 @@ Workspace<Unit> carve_workspace(const Attention& a, Carver& carver) {
   w.delta = carver.take<float>(kQueryBlock);
   w.scores = carver.take<float>(kBlock);
   w.grad_scores = carver.take<float>(kBlock);
-  w.terms = carver.take<float>(a.mask_kind == MaskKind::none ? 0 : kBlock);
+  w.terms = carver.take<float>(a.mask_kind == MaskKind::none && !has_softcap(a) ? 0 : kBlock);
   w.weights = kFloat ? reinterpret_cast<Unit*>(w.scores) : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
   w.grad_scores_rows = kFloat ? reinterpret_cast<Unit*>(w.grad_scores) : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
   w.grad_scores_deep = kFloat ? w.grad_scores_rows : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
@@ -142,8 +144,9 @@ FASTFORMER_INLINE void store_gradients(const Workspace<Pair>& w, int64_t key, in
 
 // scores and dP become P and dS.
 template <typename Unit>
-void differentiate(const Workspace<Unit>& w, const float* terms, float scale, const Band& band, int64_t all_vecs) {
-  const Vec factor = broadcast(scale * kLog2e);
+void differentiate(const Attention& a, const Workspace<Unit>& w, const float* terms, const Band& band,
+                   int64_t all_vecs) {
+  const Vec factor = broadcast(score_factor(a));
   for (int64_t v = 0; v < all_vecs; ++v) {
     const int64_t lane = v * kLanes, all = band.all(v), reach = band.reach(v);
     const Vec lse = load(w.lse + lane), rest = load(w.lse_rest + lane), delta = load(w.delta + lane);
@@ -159,6 +162,10 @@ void differentiate(const Workspace<Unit>& w, const float* terms, float scale, co
         if (j + r >= all) weight = select(first_n(band.hidden(v, j + r)), zero(), weight);
         weights[r] = weight;
         grads[r] = weight * (load(w.grad_scores + at) - delta);
+        if (has_softcap(a)) {
+          store(w.terms + at, grads[r]);
+          grads[r] = grads[r] * fma(zero() - score, score, broadcast(1.0f));
+        }
       }
       store_gradients(w, j, lane, weights, grads);
     }
@@ -225,19 +232,23 @@ void backward_part(const AttentionBackward& args, int64_t batch, int64_t kv_head
     const int64_t vecs = q.vecs(), seen = keys_seen(a, q);
     pack_queries<T>(args, batch, q, w);
     for (int64_t first_key = 0; first_key < seen; first_key += kKeyBlock) {
-      const int64_t keys = smaller(kKeyBlock, seen - first_key);
-      const Band band{keys, q.first + a.diagonal - first_key};
-      multiply_keys(w.keys + first_key * w.key_units, w.key_units, w.queries_t, w.scores, depth_units<Unit>(a.head_dim),
+      const Shown shown = shown_keys(a, batch, q, first_key, smaller(kKeyBlock, seen - first_key), kTileRows);
+      if (shown.from >= shown.to) continue;
+      const int64_t first = first_key + shown.from;
+      const Band band{shown.to - shown.from, q.first + a.diagonal - first};
+      multiply_keys(w.keys + first * w.key_units, w.key_units, w.queries_t, w.scores, depth_units<Unit>(a.head_dim),
                     band, vecs);
-      multiply_keys(w.values + first_key * w.value_units, w.value_units, w.grads_t, w.grad_scores,
+      multiply_keys(w.values + first * w.value_units, w.value_units, w.grads_t, w.grad_scores,
                     depth_units<Unit>(a.value_dim), band, vecs);
-      const float* terms = any_mask_terms(a, batch, q, first_key, keys, w.rows, w.terms);
-      differentiate(w, terms, a.scale, band, vecs);
-      if (args.grad_mask != nullptr) store_grad_mask(args, batch, q, first_key, band, w.grad_scores, w.rows);
-      multiply_queries(w.weights, w.grads_deep, value_sums + first_key * w.value_columns, w.value_columns, band, vecs);
-      multiply_queries(w.grad_scores_rows, w.queries_deep, key_sums + first_key * w.key_columns, w.key_columns, band,
-                       vecs);
-      multiply_values(w.keys_deep + first_key / kUnitDepth<Unit> * w.key_columns, w.key_columns, w.grad_scores_deep,
+      if (!shown.plain) mask_terms(a, batch, q, first, band.keys, w.rows, w.terms);
+      cap_scores(a, w.scores, band, vecs);
+      differentiate(a, w, shown.plain ? nullptr : w.terms, band, vecs);
+      if (args.grad_mask != nullptr) {
+        store_grad_mask(args, batch, q, first, band, has_softcap(a) ? w.terms : w.grad_scores, w.rows);
+      }
+      multiply_queries(w.weights, w.grads_deep, value_sums + first * w.value_columns, w.value_columns, band, vecs);
+      multiply_queries(w.grad_scores_rows, w.queries_deep, key_sums + first * w.key_columns, w.key_columns, band, vecs);
+      multiply_values(w.keys_deep + first / kUnitDepth<Unit> * w.key_columns, w.key_columns, w.grad_scores_deep,
                       w.grad_query_t, a.head_dim, band, vecs);
     }
     store_grad_query<T>(args, batch, q, w);

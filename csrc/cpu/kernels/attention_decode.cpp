@@ -6,7 +6,8 @@
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
-constexpr int64_t kKeyBlock = 128;  // of keys, or values, that stay in the first-level cache for the group's queries
+// Of keys, or values, that stay in the first-level cache for the group's queries.
+constexpr int64_t kKeyBlock = kMostKeys;
 
 // One query's state: the sum of weighted values, then the largest score and the sum of weights.
 FASTFORMER_INLINE int64_t state_floats(const Attention& a) { return padded(a.value_dim) + 16; }
@@ -69,11 +70,14 @@ void weigh_values(const float* weights, const T* values, int64_t stride, int64_t
 }
 
 // Scores to weights of exp2(score - peak), with `terms` of the mask or null; returns how much earlier sums fade.
-FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, int64_t count, float scale, const State& s) {
-  const Vec factor = broadcast(scale * kLog2e);
+FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, int64_t count, const Attention& a,
+                                       const State& s) {
+  const Vec factor = broadcast(score_factor(a)), cap_factor = broadcast(a.scale / a.softcap);
   Vec peaks = broadcast(*s.peak);
   for_lanes(0, count, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    Vec score = load(scores + i) * factor;
+    Vec score = load(scores + i);
+    if (has_softcap(a)) score = tanh(score * cap_factor);
+    score = score * factor;
     if (terms != nullptr) score = score + load(terms + i);
     score = select(first_n(n), score, broadcast(-INFINITY));
     store(scores + i, score);
@@ -114,11 +118,16 @@ void decode_keys(const AttentionForward& args, int64_t batch, int64_t kv_head, i
       const QueryBlock q{kv_head * group + row / a.seqlen_q, row % a.seqlen_q, 1};
       const int64_t count = smaller(smaller(kKeyBlock, end - first), keys_seen(a, q) - first);
       if (count <= 0) continue;
+      const Shown shown = shown_keys(a, batch, q, first, count, 1);
+      const int64_t keys = shown.to - shown.from;
+      if (keys <= 0) continue;
       const State s = state_at(a, states, row);
-      dot_products(query + row * padded(a.head_dim), key, a.key_strides[2], count, a.head_dim, scores);
-      if (a.mask_kind != MaskKind::none) mask_terms_of_row(a, batch, q, first, count, terms);
-      const float fade = online_softmax(scores, a.mask_kind == MaskKind::none ? nullptr : terms, count, a.scale, s);
-      weigh_values(scores, value, a.value_strides[2], count, a.value_dim, fade, s.output);
+      dot_products(query + row * padded(a.head_dim), key + shown.from * a.key_strides[2], a.key_strides[2], keys,
+                   a.head_dim, scores);
+      if (!shown.plain) mask_terms_of_row(a, batch, q, first + shown.from, keys, terms);
+      const float fade = online_softmax(scores, shown.plain ? nullptr : terms, keys, a, s);
+      weigh_values(scores, value + shown.from * a.value_strides[2], a.value_strides[2], keys, a.value_dim, fade,
+                   s.output);
     }
   }
 }
