@@ -94,8 +94,7 @@ def generated(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @each_architecture
 def test_computes_the_same(name: str, backend: str) -> None:
-    no_softcap = {"attn_logit_softcapping": None} if name == "gemma2" and backend == "cpu" else {}  # no kernel has it
-    model = build_model(name, **no_softcap)
+    model = build_model(name)
     original = copy.deepcopy(model)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     report = fastformer.accelerate(model)
@@ -123,8 +122,7 @@ def test_computes_the_same(name: str, backend: str) -> None:
 
 @each_architecture
 def test_autocast(name: str, backend: str) -> None:
-    no_softcap = {"attn_logit_softcapping": None} if name == "gemma2" and backend == "cpu" else {}
-    model = build_model(name, **no_softcap)
+    model = build_model(name)
     original, inputs = copy.deepcopy(model), draw_inputs(name)
     fastformer.accelerate(model)
     with torch.inference_mode():

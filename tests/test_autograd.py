@@ -176,3 +176,15 @@ def test_explain_checks_as_the_call_does() -> None:
 def test_errors_of_the_quick_way(call: Callable[[Tensor], Tensor], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call(torch.randn(4, C))
+
+
+@needs_library
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_results_may_be_changed_in_place(function: Callable[[Tensor], Tensor]) -> None:
+    """Where torch's may: backward of these doesn't need its result."""
+    x = torch.randn(4, C, requires_grad=True)
+    with fastformer.backend("cpu"):
+        y = function(x)
+        assert not y._is_view()
+        y *= 2
+        close(torch.autograd.grad(y.sum(), x)[0], 2 * torch.autograd.grad(function(x).sum(), x)[0])

@@ -32,11 +32,6 @@ Tensor rows_contiguous(const Tensor& tensor) {
   return tensor.stride(last) == 1 || tensor.size(last) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// [batch, heads, seqlen, width] that lies in memory as [batch, seqlen, heads, width].
-Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t seqlen, int64_t width) {
-  return torch::stable::transpose(empty_like_sizes(like, {batch, seqlen, heads, width}, like.scalar_type()), 1, 2);
-}
-
 Tensor times(const Tensor& tensor, double factor) {
   AtenTensorHandle result = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Scalar(tensor.get(), factor, &result));

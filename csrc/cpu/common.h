@@ -50,6 +50,21 @@ inline Tensor empty_like_sizes(const Tensor& like, std::initializer_list<int64_t
 // A result that was not asked for.
 inline Tensor no_result(const Tensor& like) { return empty_like_sizes(like, {0}, like.scalar_type()); }
 
+// [batch, heads, seqlen, width] that lies in memory as [batch, seqlen, heads, width]. Not a view: of an output that is
+// one autograd forbids changes in place.
+inline Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t seqlen, int64_t width) {
+  const int64_t sizes[] = {batch, heads, seqlen, width};
+  const int64_t row = width > 0 ? width : 1, position = (heads > 0 ? heads : 1) * row;
+  const int64_t strides[] = {(seqlen > 0 ? seqlen : 1) * position, row, position, 1};
+  int32_t dtype, device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device, index, &result));
+  return Tensor(result);
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t i = 0; i < a.dim(); ++i) {

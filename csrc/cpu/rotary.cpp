@@ -7,13 +7,6 @@
 namespace fastformer {
 namespace {
 
-// [batch, heads, seqlen, head_dim], in memory [batch, seqlen, heads, head_dim].
-Tensor empty_heads(const Tensor& like) {
-  const int64_t sizes[] = {like.size(0), like.size(1), like.size(2), like.size(3)};
-  const Tensor memory = empty_like_sizes(like, {sizes[0], sizes[2], sizes[1], sizes[3]}, like.scalar_type());
-  return torch::stable::transpose(memory, 1, 2);
-}
-
 RotaryTensor describe(const Tensor& input, const Tensor& output) {
   return {pointer(input), mutable_pointer(output), input.size(1), {input.stride(0), input.stride(1), input.stride(2)}};
 }
@@ -37,7 +30,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
   STD_TORCH_CHECK(2 * R <= D, "cos may have at most half of head_dim, ", D / 2, " columns, not ", R);
   const Tensor c = as_float(cos, "cos"), s = as_float(sin, "sin");
   const Tensor q = with_adjacent_features(query), k = with_adjacent_features(key);
-  const Tensor query_out = empty_heads(query), key_out = empty_heads(key);
+  const Tensor query_out = empty_heads(query, B, query.size(1), S, D), key_out = empty_heads(key, B, key.size(1), S, D);
   const RotaryArgs args{
       .tensors = {describe(q, query_out), describe(k, key_out)},
       .cos = pointer<float>(c),
