@@ -41,6 +41,8 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(f"transformers is not installed: pip install fastformer[transformers] ({error})") from error
+    # Marks it for Dynamo, which takes a second to import: transformers has done that, and not every user of this file.
+    torch.compiler.assume_constant_result(_passes_masks_on)
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask)
 
@@ -57,7 +59,6 @@ def attention_mask(*args: Any, config: PreTrainedConfig, **kwargs: Any) -> Tenso
     return build(*args, config=config, **kwargs)
 
 
-@torch.compiler.assume_constant_result
 def _passes_masks_on(config_class: type) -> bool:
     """Whether every model with such a config leaves its masks to the attention function that the config names.
 
