@@ -251,13 +251,18 @@ def test_gradient_of_the_lse_alone(target: Target) -> None:
 
 
 @on_fast_kernels
-def test_threads_change_nothing(target: Target) -> None:
-    query, key, value = (x.requires_grad_() for x in inputs(target, 1, 2, 1, 400, 400, 32, 32))
+@pytest.mark.parametrize("masked", [False, True])
+def test_threads_change_nothing(target: Target, masked: bool) -> None:
+    heads = 4 if masked else 2
+    query, key, value = (x.requires_grad_() for x in inputs(target, heads // 2, heads, heads // 2, 400, 400, 32, 32))
     threads = torch.get_num_threads()
+    mask = torch.ones(400, 400, dtype=torch.bool, device=target.device) if masked else None
+    if masked:
+        mask[::96, 100] = False  # most blocks see all of what is theirs
 
     def run() -> list[Tensor]:
         with fastformer.backend(target.backend):
-            output, lse = attention(query, key, value, is_causal=True)
+            output, lse = attention(query, key, value, mask, is_causal=True)
             return [output, lse, *torch.autograd.grad(output.square().sum() + lse.sum(), (query, key, value))]
 
     try:
@@ -268,6 +273,28 @@ def test_threads_change_nothing(target: Target) -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(one, three))
+
+
+@on_fast_kernels
+@pytest.mark.parametrize("mask", ["none", "all True", "added"])
+@pytest.mark.parametrize("softcap", [None, 1e30])
+def test_huge_logits(target: Target, mask: str, softcap: float | None) -> None:
+    """Each query has one key far above the others, or two alike, whose mean it then gives."""
+    seqlen, keys = 70, 300
+    scale = 1e9 if target.dtype != torch.float16 else 1e4
+    picked = torch.arange(seqlen) * 4 % keys
+    key = tensor(target, 1, 1, keys, 16)
+    query = (key[:, :, picked] * scale).detach()
+    key[0, 0, picked[1]] = key[0, 0, picked[0]] = key[0, 0, 0]
+    query[0, 0, :2] = key[0, 0, 0] * scale
+    value = tensor(target, 1, 1, keys, 16)
+    masks = {"none": None, "all True": torch.ones(seqlen, keys).bool(), "added": torch.zeros(seqlen, keys)}
+    attn_mask = masks[mask] if masks[mask] is None else masks[mask].to(target.device)
+    options = {"softcap": softcap}
+    with fastformer.backend(target.backend):
+        ours = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    exact, _ = reference.attention(query, key, value, attn_mask, **options)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-2, atol=1e-2)
 
 
 @given(

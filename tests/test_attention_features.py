@@ -158,6 +158,7 @@ def test_a_row_without_keys_and_without_a_sink_gives_zeros() -> None:
         ({"window": 3}, ValueError, "window is 3, must be"),
         ({"window": (1, -2)}, ValueError, r"window is \(1, -2\)"),
         ({"window": (1.5, None)}, ValueError, r"window is \(1.5, None\)"),
+        ({"softcap": "2"}, TypeError, "softcap is a str, must be a number"),
         ({"softcap": 0.0}, ValueError, "softcap is 0.0, must be positive"),
         ({"softcap": math.nan}, ValueError, "softcap is nan"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks has shape \(3,\), must be \(2,\)"),

@@ -86,8 +86,10 @@ def scaled_dot_product_attention(
     bottom_right = causal_alignment == "bottom_right"
     if window is not None:
         attn_mask = _within(window, attn_mask, query, key, bottom_right)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}, must be positive and finite")
+    if softcap is not None:
+        _common.check_finite("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap is {softcap}, must be positive")
     if sinks is not None:
         _common.check_tensor("sinks", sinks)
         _common.check_shape("sinks", sinks, query.shape[-3:-2])

@@ -104,6 +104,10 @@ FASTFORMER_INLINE Vec exponentiate(const float* scores, Unit* weights, int64_t k
   return sum;
 }
 
+// A shift above this is rounded by so much that factor * score - shift, whose product is not, may be far from 0 for the
+// largest score: the products are then rounded first, as the shift was.
+constexpr float kRoundingShift = 1e6f;
+
 // Turns the scores of a block into weights, and brings what was summed so far to the new peak.
 template <typename Unit>
 void online_softmax(const Workspace<Unit>& w, const Running<Unit>& r, const float* terms, float score_factor,
@@ -113,9 +117,16 @@ void online_softmax(const Workspace<Unit>& w, const Running<Unit>& r, const floa
     if (reach == 0) continue;
     const Vec factor = broadcast(score_factor);
     const Vec found = mask_and_peak(w.scores + lane, terms == nullptr ? nullptr : terms + lane, factor, band, v);
-    const Vec rest = terms == nullptr ? factor : broadcast(1.0f);  // of the factor, still to be applied
+    Vec rest = terms == nullptr ? factor : broadcast(1.0f);  // of the factor, still to be applied
     const Vec old_peak = load(r.peak + lane), peak = max(old_peak, found * rest);
     const Vec shift = select(less(peak, broadcast(-FLT_MAX)), zero(), peak);  // -inf: nothing was visible yet
+    if (terms == nullptr && reduce_max(max(abs(shift), zero())) > kRoundingShift) {
+      for (int64_t j = 0; j < reach; ++j) {
+        float* p = w.scores + j * kQueryBlock + lane;
+        store(p, load(p) * factor);
+      }
+      rest = broadcast(1.0f);
+    }
     const Vec fade = exp2(old_peak - shift);
     const Vec sum = exponentiate(w.scores + lane, reinterpret_cast<Unit*>(w.scores) + lane, reach, rest, shift);
     store(r.peak + lane, peak);
@@ -186,7 +197,8 @@ void forward_blocks(const AttentionForward& args, int64_t batch, int64_t kv_head
     for (int64_t block = begin; block < end; ++block) {
       const QueryBlock q = query_block(a, kv_head, block);
       if (keys_seen(a, q) <= first_key) continue;
-      const Shown shown = shown_keys(a, batch, q, first_key, keys, kTileRows);
+      // Of the keys that this block sees: how many more its neighbours see depends on the number of threads.
+      const Shown shown = shown_keys(a, batch, q, first_key, smaller(keys, keys_seen(a, q) - first_key), kTileRows);
       if (shown.from >= shown.to) continue;
       if (!packed) pack_key_block<T>(a, batch, kv_head, first_key, keys, w);
       packed = true;
