@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace) -> report.Results:
                 bar.update(seconds)
             if HUGGING_FACE in wanted:
                 bar.set_description_str("transformers' models, plain and accelerated")
-                own_pace = pace if options.thorough else Pace(compile=False, row_seconds=1.0, min_rounds=5)
+                own_pace = pace if options.thorough else Pace(compile=False, row_seconds=1.0, min_rounds=9)
                 for row in bench_hugging_face.rows(device, timer, limits, own_pace, rng):
                     rows.append(row)
                     bar.update(HUGGING_FACE_SECONDS)
