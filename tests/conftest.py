@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter; that must be asked for before Triton is imported."""
 
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -9,6 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import register_random, settings
+from support import needs_library
+
+import fastformer
 
 
 class TorchRandom:
@@ -43,6 +47,13 @@ def _name(value: object) -> str:
     if isinstance(value, list | tuple):
         return "(" + ",".join(_name(item) for item in value) + ")"
     return getattr(value, "__name__", str(value)) if callable(value) else str(value)
+
+
+@pytest.fixture(params=["auto", pytest.param("cpu", marks=needs_library)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Asked for during the test; auto leaves small tensors to torch."""
+    with fastformer.backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -1,31 +1,22 @@
-"""accelerate and restore on Hugging Face's models, small and with random weights."""
+"""accelerate and restore on Hugging Face's models, small and with random weights: whole models and their configs."""
 
 import copy
-import functools
-import inspect
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("transformers", reason="transformers is not installed: pip install fastformer[transformers]")
-
 import transformers
-from support import needs_library
+from torch import Tensor
+from transformers_support import Head, assert_close, assert_same_step, causal_pair, kinds
 
 import fastformer
-from fastformer import accuracy
 from fastformer.benchmarks.bench_hugging_face import ARCHITECTURES, IMAGE, build_model, draw_inputs
 from fastformer.integrations.transformers_config import ATTENTION, NAME
-from fastformer.integrations.transformers_layers import LEFT, RECIPES
-
-TOLERANCE = 2e-5  # of the largest value
 
 #: What is swapped in each architecture.
 SWAPPED = {
@@ -42,46 +33,6 @@ SWAPPED = {
     "vit": {"ViTAttention", "ViTMLP", "LayerNorm"},
 }
 each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()
-
-
-@pytest.fixture(params=["auto", pytest.param("cpu", marks=needs_library)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Asked for during the test; auto leaves tensors as small as here to torch."""
-    with fastformer.backend(request.param):
-        yield request.param
-
-
-def kinds(model: torch.nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def assert_close(ours: Tensor, theirs: Tensor, what: str = "", *, scale: float | None = None) -> None:
-    largest = theirs.abs().max() if scale is None else scale
-    difference = (ours - theirs).abs().max()
-    assert difference <= TOLERANCE * largest, f"{what} differs by {difference:.2e}, the largest value is {largest:.2e}"
-
-
-def assert_same_step(ours: torch.nn.Module, theirs: torch.nn.Module, **inputs: Any) -> Any:
-    """Equal loss and gradients; returns our output."""
-    outputs = []
-    for model in (ours, theirs):
-        model.zero_grad()
-        torch.manual_seed(0)
-        outputs.append(model(**inputs))
-        outputs[-1].loss.backward()
-    assert outputs[0].loss.dtype == outputs[1].loss.dtype
-    assert_close(outputs[0].loss, outputs[1].loss, "loss")
-    largest = max(p.grad.abs().max() for p in theirs.parameters() if p.grad is not None)
-    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None), name
-        if b.grad is not None:
-            assert_close(a.grad, b.grad, f"gradient of {name}", scale=largest)
-    return outputs[0]
 
 
 def generated(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -180,281 +131,6 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     through_ours = type(model).from_pretrained(tmp_path)
     fastformer.restore(through_ours)
     assert kinds(through_ours) == kinds(loaded)
-
-
-# --- layers
-
-
-NORMS = [name for name in RECIPES if name.endswith(("RMSNorm", "T5LayerNorm"))]
-
-
-def find(name: str) -> type[torch.nn.Module]:
-    """transformers' class."""
-    for family in {name.rpartition(".")[2] for name in FAMILIES}:
-        kind = getattr(sys.modules[f"transformers.models.{family}.modeling_{family}"], name, None)
-        if kind is not None:
-            return kind
-    raise AssertionError(f"transformers has no {name}")
-
-
-FAMILIES = [*ARCHITECTURES, "gemma", "gemma3", "mixtral", "qwen2"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _import_families() -> None:
-    for family in FAMILIES:
-        __import__(f"transformers.models.{family}.modeling_{family}")
-
-
-def test_known_classes_are_there() -> None:
-    for name in (*RECIPES, *ATTENTION, *LEFT):
-        assert issubclass(find(name), torch.nn.Module)
-    for name, recipe in RECIPES.items():
-        assert callable(getattr(find(name), recipe.method))
-
-
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
-def test_norms(name: str, dtypes: tuple[torch.dtype, torch.dtype], backend: str) -> None:
-    norm = find(name)(40).to(dtypes[1])
-    torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 3, 40).to(dtypes[0])
-    peer, exact = norm(x), copy.deepcopy(norm).double()
-    truth = torch.nn.functional.rms_norm(
-        x.double(), (40,), exact.weight + (1 if name.startswith("Gemma") else 0), getattr(norm, "eps", 1e-6)
-    )
-    fastformer.accelerate(norm)
-    ours = norm(x)
-    assert ours.dtype == peer.dtype
-    assert accuracy.judge(ours, peer, truth, factor=accuracy.FORWARD_FACTOR).ok
-
-
-@pytest.mark.parametrize("family", ["Gemma", "Gemma3", "Mixtral", "Qwen2"])
-def test_relatives(family: str, backend: str) -> None:
-    """Families that are not among the architectures."""
-    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
-        vocab_size=99,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=6,
-        pad_token_id=0,
-    )
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    original = copy.deepcopy(model)
-    report = fastformer.accelerate(model)
-    own = {f"{family}RMSNorm", f"{family}Attention"}
-    own |= set() if family == "Mixtral" else {f"{family}MLP", f"{family}ForCausalLM"}
-    assert {layer.kind for layer in report.swapped} == own
-    output = assert_same_step(model, original, **draw_inputs("llama", padding="right", labels=True))
-    assert ("logits" in dict(output)) == (family == "Mixtral")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "kind"),
-    [
-        ("t5", {"feed_forward_proj": "gated-gelu"}, "T5DenseGatedActDense"),
-        ("bert", {"chunk_size_feed_forward": 1, "hidden_act": "gelu_new"}, "BertLayer"),
-        ("bert", {"hidden_act": "tanh"}, "BertLayer"),  # an activation that the fused feed-forward doesn't have
-        ("llama", {"mlp_bias": True}, "LlamaMLP"),  # nor a bias of the gate
-        ("gpt2", {"activation_function": "relu", "scale_attn_by_inverse_layer_idx": True}, "GPT2MLP"),
-    ],
-)
-def test_options(name: str, options: dict[str, Any], kind: str, backend: str) -> None:
-    model = build_model(name, **options)
-    original = copy.deepcopy(model)
-    report = fastformer.accelerate(model)
-    assert kind in {layer.kind for layer in report.swapped}
-    inputs = {key: tensor.repeat(6, 1) for key, tensor in draw_inputs(name, labels=True).items()}  # enough for GPT-2
-    assert_same_step(model, original, **inputs)
-
-
-def test_cross_attention() -> None:
-    model = build_model("bert", is_decoder=True, add_cross_attention=True)
-    original, inputs = copy.deepcopy(model), draw_inputs("bert")
-    report = fastformer.accelerate(model)
-    assert "BertCrossAttention" in {layer.kind for layer in report.swapped}
-    inputs["encoder_hidden_states"] = torch.randn(2, 5, 64)
-    assert_close(model(**inputs).logits, original(**inputs).logits)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("bert", {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.3}),
-        ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.3, "embd_pdrop": 0.3}),
-        ("vit", {"hidden_dropout_prob": 0.3}),
-    ],
-)
-def test_dropout_draws_the_same(name: str, options: dict[str, float]) -> None:
-    model = build_model(name, **options).train()
-    original = copy.deepcopy(model)
-    fastformer.accelerate(model)
-    assert_same_step(model, original, **draw_inputs(name, labels=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "layer", "part"),
-    [
-        ("llama", "model.layers.0.mlp", "up_proj"),
-        ("llama", "model.layers.0.mlp", "act_fn"),
-        ("bert", "bert.encoder.layer.0", "output"),
-        ("bert", "bert.encoder.layer.0", "intermediate.dense"),
-        ("bert", "bert.encoder.layer.0", "output.LayerNorm"),
-        ("gpt2", "transformer.h.0.mlp", "c_fc"),
-        ("t5", "encoder.block.0.layer.1.DenseReluDense", "wi"),
-        ("vit", "vit.layers.0.mlp", "fc1"),
-    ],
-)
-def test_hooks_and_replaced_parts_are_called(name: str, layer: str, part: str) -> None:
-    model = build_model(name)
-    fastformer.accelerate(model)
-    inputs = {key: tensor.repeat(5, *[1] * (tensor.dim() - 1)) for key, tensor in draw_inputs(name).items()}
-    fired: list[str] = []
-    child = model.get_submodule(f"{layer}.{part}")
-    handle = child.register_forward_hook(lambda *_: fired.append("hook"))
-    model(**inputs)
-    handle.remove()
-    holder = model.get_submodule(f"{layer}.{part}".rpartition(".")[0])
-
-    class Replacement(torch.nn.Module):
-        def forward(self, *args: Tensor) -> Tensor:
-            fired.append("replaced")
-            return child(*args)
-
-    setattr(holder, part.rpartition(".")[2], Replacement())
-    model(**inputs)
-    assert fired == ["hook", "replaced"]
-
-
-# --- unembedding and loss
-
-
-@functools.cache
-def causal_pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    options = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}
-    model = build_model(name, **options).train()
-    original = copy.deepcopy(model)
-    fastformer.accelerate(model)
-    return model, original
-
-
-LABELS = draw_inputs("llama", labels=True)["labels"]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {},
-        {"num_items_in_batch": 7},
-        {"num_items_in_batch": torch.tensor(7)},
-        {"ignore_index": int(LABELS[0, 3])},
-        {"shift_labels": LABELS.flip(0)},
-        {"output_hidden_states": True, "use_cache": True},
-        {"return_dict": True, "logits_to_keep": 0},
-    ],
-)
-def test_fused_loss(name: str, extra: dict[str, Any], backend: str) -> None:
-    model, original = causal_pair(name)
-    inputs = draw_inputs(name, labels=True) | extra
-    output = assert_same_step(model, original, **inputs)
-    expected = original(**inputs)
-    assert isinstance(output, type(expected)) and type(output).__name__ == type(expected).__name__
-    assert [*output] == [key for key in expected if key != "logits"]
-    copied = pickle.loads(pickle.dumps(output.__reduce__()[1][1]))
-    for logits in (output.logits, output["logits"], output[1], output.to_tuple()[1], copied):
-        assert_close(logits, expected.logits)
-    assert len(output.to_tuple()) == len(expected.to_tuple())
-    if "output_hidden_states" in extra:
-        assert_close(output.hidden_states[-1], expected.hidden_states[-1])
-    assert inspect.signature(model.forward) == inspect.signature(original.forward)
-
-
-def test_late_logits() -> None:
-    """They have gradients, are of the forward pass's autocast and weights, and aren't computed if they aren't read."""
-    model, original = (copy.deepcopy(each) for each in causal_pair("llama"))
-    inputs = draw_inputs("llama", labels=True)
-    outputs = [each(**inputs) for each in (model, original)]
-    grads = [
-        torch.autograd.grad(y.logits.square().mean() + y.loss, each.lm_head.weight)[0]
-        for y, each in zip(outputs, (model, original))
-    ]
-    assert_close(*grads)
-    assert outputs[0].logits is outputs[0].logits
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = [each(**inputs) for each in (model, original)]
-    assert outputs[0].logits.dtype == outputs[1].logits.dtype == torch.bfloat16
-
-    calls, output = [], model(**inputs)
-    head = type(model.lm_head).forward
-    model.lm_head.forward = lambda x: calls.append(1) or head(model.lm_head, x)
-    output.loss.backward()
-    assert dict(output).keys() == {"loss", "past_key_values"} and not calls
-    assert output.logits is not None and calls == [1]
-    del model.lm_head.forward
-
-    output = model(**inputs)
-    with torch.no_grad():
-        model.lm_head.weight += 1
-    with pytest.raises(RuntimeError, match="lm_head has changed since the forward pass"):
-        _ = output.logits
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_fused_loss_in_low_precision(name: str) -> None:
-    inputs = draw_inputs(name, labels=True)
-    model, original = (copy.deepcopy(each).bfloat16() for each in causal_pair(name))
-    loss, expected = model(**inputs).loss, original(**inputs).loss
-    exact = causal_pair(name)[1](**inputs).loss
-    assert loss.dtype == expected.dtype == torch.float32
-    assert (loss - exact).abs() <= 2 * (expected - exact).abs() + 2e-3
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, expected = (each(**inputs).loss for each in causal_pair(name))
-    assert loss.dtype == expected.dtype == torch.float32
-    assert (loss - exact).abs() <= 2 * (expected - exact).abs() + 2e-3
-
-
-class Head(torch.nn.Linear):
-    pass
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize(
-    ("change", "extra"),
-    [
-        (lambda model: model.eval(), {}),
-        (lambda model: model.requires_grad_(False) and torch.set_grad_enabled(False), {}),
-        (lambda model: None, {"labels": None}),
-        (lambda model: None, {"return_dict": False}),
-        (lambda model: None, {"logits_to_keep": 3, "labels": LABELS[:, -3:]}),
-        (lambda model: model.lm_head.register_forward_hook(lambda *_: None), {}),
-        (lambda model: setattr(model.lm_head, "__class__", Head), {}),
-        (lambda model: setattr(model, "loss_function", lambda logits, labels, **_: logits.sum()), {}),
-    ],
-)
-def test_original_loss(name: str, change: Callable[[torch.nn.Module], Any], extra: dict[str, Any]) -> None:
-    """Where the loss alone would not do, or not be the same, the original's forward runs."""
-    pair = [copy.deepcopy(each) for each in causal_pair(name)]
-    inputs = draw_inputs(name, labels=True) | extra
-    try:
-        for model in pair:
-            change(model)
-        ours, theirs = (model(**inputs) for model in pair)
-    finally:
-        torch.set_grad_enabled(True)
-    assert len(ours) == len(theirs)
-    if isinstance(theirs, tuple):
-        ours, theirs = ours[1], theirs[1]
-    else:
-        ours, theirs = ours.logits, theirs.logits
-    assert_close(ours, theirs)
 
 
 # --- configs
