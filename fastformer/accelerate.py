@@ -19,6 +19,9 @@ FASTER: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     if isinstance(kind, type) and hasattr(torch.nn, name)
 }
 
+#: Why most modules stay.
+UNKNOWN = "fastformer has no such layer"
+
 #: A module's dotted name in the model, or a class: the modules so named or of that class, and all inside them.
 Selector = str | type[torch.nn.Module]
 
@@ -93,6 +96,8 @@ def accelerate(
         if plan is None:
             continue
         reason = plan.reason
+        if reason == UNKNOWN and model.get_submodule(name.rpartition(".")[0]) in swaps:
+            reason = "part of a swapped layer"
         if not reason and module in unwanted:
             reason = "in skip"
         if not reason and module not in wanted:
@@ -173,7 +178,7 @@ def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
         if base is not None:
             return _Plan(f"a subclass of torch.nn.{base.__name__}")
         is_container = next(module.children(), None) is not None
-        return None if is_container else _Plan("fastformer has no such layer")
+        return None if is_container else _Plan(UNKNOWN)
     if "forward" in module.__dict__:
         return _Plan("its forward was replaced")
     return _Plan("", f"now fastformer.nn.{kind.__name__}", FASTER[kind])

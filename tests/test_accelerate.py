@@ -115,8 +115,9 @@ def test_report(model: Model) -> None:
     assert "encoder.layers.0, encoder.layers.1" in text
     reasons = {layer.name: layer.reason for layer in report.left}
     assert reasons["heads.mine"] == "a subclass of torch.nn.LayerNorm"
-    assert reasons["decoder.norm1"] == "its forward was replaced"
     assert reasons["embedding"] == "fastformer has no such layer"
+    assert reasons["encoder.layers.0.linear1"] == "part of a swapped layer"
+    assert reasons["decoder.norm1"] == "its forward was replaced"
     again = fastformer.accelerate(model)
     assert not again.swapped
     assert {layer.name: layer.reason for layer in again.left}["norm"] == "is fastformer's already"

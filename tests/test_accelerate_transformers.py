@@ -239,7 +239,8 @@ def test_what_was_changed_in_a_config_stays(name: str) -> None:
         ("llama", {}, lambda m: setattr(m.model.norm, "forward", abs), "LlamaRMSNorm", "forward was replaced"),
         ("llama", {}, lambda m: fastformer.accelerate(m), "LlamaForCausalLM", "fastformer's already"),
         ("llama", {}, lambda m: fastformer.accelerate(m), "LlamaAttention", "fastformer's already"),
-        ("llama", {}, None, "Linear", "no such layer"),
+        ("llama", {}, None, "Embedding", "no such layer"),
+        ("llama", {}, None, "Linear", "part of a swapped layer"),
     ],
 )
 def test_reasons(
