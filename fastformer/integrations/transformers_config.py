@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fastformer.integrations.transformers import NAME, register
+from fastformer.integrations.transformers_layers import is_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,7 +59,7 @@ def _rebuild(originals: dict[str, Original]) -> Originals:
 def is_attention(module: torch.nn.Module) -> bool:
     """Whether the module is of a class in ATTENTION."""
     kind = type(module)
-    return kind.__name__ in ATTENTION and kind.__module__.startswith("transformers.")
+    return kind.__name__ in ATTENTION and is_transformers(kind)
 
 
 def reason_to_leave(module: torch.nn.Module, model: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastformer import functional as F
 from fastformer.integrations import transformers_loss
 from fastformer.nn.fusion import is_plain
-from fastformer.nn.residual import activation_name, add_norm
+from fastformer.nn.residual import activation_name, add_norm, fused_feed_forward
 
 #: The attribute of a swapped module, or of its class, that holds the class it had.
 ORIGINAL = "_fastformer_original"
@@ -94,7 +94,8 @@ class Parts(NamedTuple):
 def _mlp(parts: Parts) -> Callable[[Module], Method]:
     def make(original: Module) -> Method:
         def forward(self: torch.nn.Module, hidden_states: Tensor) -> Tensor:
-            output = _feed_forward(hidden_states, *(None if name is None else getattr(self, name) for name in parts))
+            up, down, activation, gate, dropout = (None if name is None else getattr(self, name) for name in parts)
+            output = fused_feed_forward(hidden_states, up, down, _activation(activation), gate, dropout)
             return original.forward(self, hidden_states) if output is None else output
 
         return forward
@@ -122,36 +123,13 @@ def _bert_layer(original: Module) -> Method:
         first, last = self.intermediate, self.output
         hidden = None
         if _is(first, f"{family}Intermediate") and _is(last, f"{family}Output"):
-            hidden = _feed_forward(attention_output, first.dense, last.dense, first.intermediate_act_fn)
+            activation = _activation(first.intermediate_act_fn)
+            hidden = fused_feed_forward(attention_output, first.dense, last.dense, activation)
         if hidden is None:
             return original.feed_forward_chunk(self, attention_output)
         return add_norm(last.dropout(hidden), attention_output, last.LayerNorm)[0]
 
     return feed_forward_chunk
-
-
-def _feed_forward(
-    x: Tensor,
-    up: torch.nn.Module,
-    down: torch.nn.Module,
-    activation: Callable[[Tensor], Tensor],
-    gate: torch.nn.Module | None = None,
-    dropout: torch.nn.Module | None = None,
-) -> Tensor | None:
-    """The fused feed-forward of these submodules, or None where calling them would do something else."""
-    name = _activation(activation)
-    fused = (
-        name is not None
-        and is_plain(up, torch.nn.Linear)
-        and is_plain(down, torch.nn.Linear)
-        and (gate is None or (is_plain(gate, torch.nn.Linear) and gate.bias is None))
-        and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and not (dropout.training and dropout.p > 0)))
-        and up.weight.dtype == down.weight.dtype  # T5 may keep the last in float32
-    )
-    if not fused:
-        return None
-    weight_gate = None if gate is None else gate.weight
-    return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation=name, weight_gate=weight_gate)
 
 
 def _activation(activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -165,7 +143,7 @@ def _activation(activation: Callable[[Tensor], Tensor]) -> str | None:
 def _is(module: torch.nn.Module, name: str) -> bool:
     """Whether the module is plainly of transformers' class of that name, or of our subclass of it."""
     kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith("transformers.") and is_plain(module, kind)
+    return kind.__name__ == name and is_transformers(kind) and is_plain(module, kind)
 
 
 # --- the known classes

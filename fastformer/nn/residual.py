@@ -38,18 +38,35 @@ def residual_blocks(
 
 def feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """``linear2(dropout(activation(linear1(x))))`` with the layer's submodules, fused where that does the same."""
-    linear1, linear2, dropout = layer.linear1, layer.linear2, layer.dropout
     activation = activation_name(layer.activation)
+    output = fused_feed_forward(x, layer.linear1, layer.linear2, activation, dropout=layer.dropout)
+    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x)))) if output is None else output
+
+
+def fused_feed_forward(
+    x: Tensor,
+    up: torch.nn.Module,
+    down: torch.nn.Module,
+    activation: str | None,
+    gate: torch.nn.Module | None = None,
+    dropout: torch.nn.Module | None = None,
+) -> Tensor | None:
+    """``down(dropout(activation(up(x))))`` in one, or gated ``down(dropout(activation(gate(x)) * up(x)))``.
+
+    None where that is not known to be what calling the submodules does; ``activation`` is None if it has no name.
+    """
     fused = (
         activation is not None
-        and is_plain(linear1, torch.nn.Linear)
-        and is_plain(linear2, torch.nn.Linear)
-        and is_plain(dropout, torch.nn.Dropout)
-        and not (dropout.training and dropout.p > 0)
+        and is_plain(up, torch.nn.Linear)
+        and is_plain(down, torch.nn.Linear)
+        and (gate is None or (is_plain(gate, torch.nn.Linear) and gate.bias is None))
+        and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and not (dropout.training and dropout.p > 0)))
+        and up.weight.dtype == down.weight.dtype  # transformers' T5 may keep the last in float32
     )
     if not fused:
-        return linear2(dropout(layer.activation(linear1(x))))
-    return F.feed_forward(x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=activation)
+        return None
+    weight_gate = None if gate is None else gate.weight
+    return F.feed_forward(x, up.weight, up.bias, down.weight, down.bias, activation=activation, weight_gate=weight_gate)
 
 
 def add_norm(branch: Tensor, residual: Tensor, norm: torch.nn.Module) -> tuple[Tensor, Tensor]:
