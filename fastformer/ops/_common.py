@@ -62,8 +62,7 @@ def check_finite(name: str, value: float) -> None:
 
 # --- choosing
 
-
-#: What they raise, or Python does where an argument is none of those that a function takes.
+#: What the kernels raise for arguments that don't fit, or Python does before they are reached; see ``ordinary``.
 CAUGHT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -128,7 +127,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def kernel(name: str) -> Callable[..., Any]:
-    """The operator ``name``, called without the autograd layer, which has nothing to do: half the cost of a call."""
+    """The operator ``name``, called without the autograd layer, which costs as much again; compiled code has both."""
     operator = getattr(torch.ops.fastformer, name).default
     run = operator._op
 
@@ -150,22 +149,14 @@ def differentiable(name: str, setup_context: Callable[..., None], backward: Call
     ask for torch.func transforms, for which ``unsupported`` has sent the call elsewhere.
     """
     torch.library.register_autograd(f"fastformer::{name}", backward, setup_context=setup_context)
-    operator = getattr(torch.ops.fastformer, name).default
-    run = operator._op
-
-    def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*args)
-
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    run = kernel(name)
+    members = {"forward": run, "setup_context": setup_context, "backward": backward}
     members = {key: staticmethod(member) for key, member in members.items()}
     function = type(name, (torch.autograd.Function,), members)
     apply = super(torch.autograd.Function, function).apply
 
     def call(record: bool, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*args)
-        return apply(*args) if record else forward(*args)
+        return apply(*args) if record and not torch.compiler.is_compiling() else run(*args)
 
     return call
 

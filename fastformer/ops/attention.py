@@ -103,12 +103,11 @@ def scaled_dot_product_attention(
     missing = max(0, 4 - query.dim())
     for _ in range(missing):
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
-    if sinks is None:
-        options = (dropout_p, is_causal, scale, bottom_right, return_lse, softcap)
-        output, lse = _attention(query, key, value, attn_mask, *options)
-    else:
-        options = (dropout_p, is_causal, scale, bottom_right, True, softcap)
-        output, lse = _with_sinks(*_attention(query, key, value, attn_mask, *options), sinks)
+    with_lse = return_lse or sinks is not None
+    options = (dropout_p, is_causal, scale, bottom_right, with_lse, softcap)
+    output, lse = _attention(query, key, value, attn_mask, *options)
+    if sinks is not None:
+        output, lse = _with_sinks(output, lse, sinks)
     if missing:
         output, lse = (x[(0,) * missing] if x is not None else None for x in (output, lse))
     elif len(leading) > 1:
