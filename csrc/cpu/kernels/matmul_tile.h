@@ -20,8 +20,6 @@ constexpr int kTileRows = 4, kTileVecs = 3;  // 16 registers
 constexpr int kTileRows = 4, kTileVecs = 2;  // 16 registers, one of them for products
 #endif
 
-FASTFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTFORMER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTFORMER_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Neighbours along the depth; the first in the low half.

@@ -10,8 +10,6 @@ constexpr int64_t kRows = 32;
 constexpr int64_t kBlock = kRows * kRows;
 constexpr int64_t kStripe = 512;  // of columns, whose sums stay in the first-level cache
 
-FASTFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // sums[c] = the sum over rows [top, bottom), for columns [left, right).
 template <typename T>
 void sum_block(const T* values, int64_t cols, int64_t top, int64_t bottom, int64_t left, int64_t right, float* sums) {

@@ -23,6 +23,9 @@
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
+FASTFORMER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTFORMER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // --- scalar conversions
 
 FASTFORMER_INLINE float bits_to_float(uint32_t bits) {
