@@ -50,6 +50,9 @@ TARGETS = _targets()
 #: The targets that run our own kernels.
 KERNEL_TARGETS = [target for target in TARGETS if target.backend not in ("torch", "reference")]
 
+#: The backend to ask for where ``auto`` would leave small CPU tensors to torch.
+KERNEL = "cpu" if backends.CPU_LIBRARY else "torch"
+
 #: Marks what tests the C++ kernels.
 needs_library = pytest.mark.skipif(not backends.CPU_LIBRARY, reason="built without a C++ compiler")
 

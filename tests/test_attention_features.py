@@ -53,25 +53,13 @@ def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks:
 def test_windows_and_sinks(
     target: Target, lengths: tuple[int, int], mask: str | None, options: dict[str, Any], with_sinks: bool
 ) -> None:
-    seqlen_q, seqlen_k = lengths
-    masks = {
-        None: None,
-        "bool": torch.rand(B, 1, seqlen_q, seqlen_k, device=target.device) > 0.2,
-        "added": tensor(target, H, seqlen_q, seqlen_k),
-        "padding": (torch.arange(seqlen_k) < torch.tensor([[[[5]]], [[[9]]]])).to(target.device),
-    }
-    tensors = [tensor(target, B, H, seqlen_q, D), *(tensor(target, B, G, seqlen_k, D) for _ in range(2))]
-    sinks = tensor(target, H) if with_sinks else None
-    functions: list[Callable[..., Any]] = [
-        lambda *tensors, function=function: function(*tensors, **options) for function in (run, run, exact)
-    ]
-    check(target, *functions, (*tensors, masks[mask], sinks))
+    check_features(target, lengths, mask, options, with_sinks, 1.0)
 
 
 CAUSAL_AT_THE_END = {"is_causal": True, "causal_alignment": "bottom_right"}
 
 
-def check_softcap(
+def check_features(
     target: Target, lengths: tuple[int, int], mask: str | None, options: dict[str, Any], with_sinks: bool, scale: float
 ) -> None:
     """Scores of a spread of about ``scale`` squared."""
@@ -80,6 +68,7 @@ def check_softcap(
         None: None,
         "bool": torch.rand(B, 1, seqlen_q, seqlen_k, device=target.device) > 0.2,
         "added": tensor(target, H, seqlen_q, seqlen_k),
+        "padding": (torch.arange(seqlen_k) < torch.tensor([[[[5]]], [[[9]]]])).to(target.device),
     }
     query = tensor(target, B, H, seqlen_q, D, scale=scale)
     key, value = (tensor(target, B, G, seqlen_k, D, scale=factor) for factor in (scale, 1.0))
@@ -99,7 +88,7 @@ def check_softcap(
     ],
 )
 def test_softcap(target: Target, case: tuple[Any, ...]) -> None:
-    check_softcap(target, *case)
+    check_features(target, *case)
 
 
 @pytest.mark.parametrize("target", [target for target in KERNEL_TARGETS if not target.slow], ids=str)
@@ -114,7 +103,7 @@ def test_softcap(target: Target, case: tuple[Any, ...]) -> None:
     ],
 )
 def test_softcap_over_several_blocks(target: Target, case: tuple[Any, ...]) -> None:
-    check_softcap(target, *case)
+    check_features(target, *case)
 
 
 @on_kernels

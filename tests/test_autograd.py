@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import needs_library
+from support import KERNEL, needs_library
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -15,7 +15,6 @@ import fastformer
 import fastformer.functional as F
 from fastformer import backends
 
-KERNEL = "cpu" if backends.CPU_LIBRARY else "torch"
 C = 16
 
 

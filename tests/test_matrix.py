@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import KERNEL
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastformer
 import fastformer.functional as F
-from fastformer import backends, nn
+from fastformer import nn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
@@ -27,9 +28,6 @@ pytestmark = [
 ]
 
 B, S, C, H, HIDDEN, V = 3, 6, 16, 2, 24, 11
-
-#: The kernels under test: ``auto`` would leave tensors as small as these to torch.
-KERNEL = "cpu" if backends.CPU_LIBRARY else "torch"
 
 
 @dataclass(frozen=True)
