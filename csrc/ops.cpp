@@ -25,20 +25,38 @@ STABLE_TORCH_LIBRARY(fastformer, m) {
       "layer_norm_backward(Tensor grad_output, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor mean,"
       " Tensor rstd, bool has_bias, bool rms) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
-  // query [B, H, Sq, D], key [B, G, Sk, D], value [B, G, Sk, Dv], mask broadcasting to [B, H, Sq, Sk] (bool: True may
-  // attend; else added to scale * query key^T). is_causal: query i sees keys j <= i, or j <= i + Sk - Sq with
-  // bottom_right. softcap: softcap * tanh(scale * query key^T / softcap) instead of scale * query key^T. output [B, H,
-  // Sq, Dv] lies in memory as [B, Sq, H, Dv]; lse [B, H, Sq], natural logarithm, -inf and an output of 0 where every
-  // key is masked.
+  // query [B, H, Sq, D], key [B, G, Sk, D], value [B, G, Sk, Dv]. The scores are scale * query key^T; with softcap,
+  // softcap * tanh(scale * query key^T / softcap); plus -alibi_slopes |p - j| (float32 [H] or [B, H]); plus mask, which
+  // broadcasts to [B, H, Sq, Sk] (bool: True may attend). Query i is at position p = i among the keys, or i + Sk - Sq
+  // with bottom_right, and sees keys p - window_left .. p + window_right (none: no bound); is_causal: window_right is 0
+  // at most. sinks [H] float32: one more score in each row of a head, without a value. A weight is dropped with
+  // probability dropout_p by fastformer.reference.dropout_mask of dropout_state (int64 [2]: seed, offset).
+  //
+  // Packed: with cu_seqlens_q (int32 [B + 1], ascending from 0) query is [1, H, Tq, D], and sequence b has rows
+  // cu_seqlens_q[b] .. cu_seqlens_q[b + 1]; cu_seqlens_k likewise for key and value. seqused_k (int32 [B]): only so
+  // many keys of each sequence are there. Paged: with block_table (int32 [B, P]) key and value are [pages, G, page
+  // size, D], and key j of sequence b is row j % size of page block_table[b, j / size]; wants seqused_k. Sq and Sk
+  // above are then each sequence's own lengths. max_seqlen_q, max_seqlen_k: no sequence of what is packed or paged is
+  // longer. No mask with any of these.
+  //
+  // output [B, H, Sq, Dv] lies in memory as [B, Sq, H, Dv]; lse [B, H, Sq], natural logarithm, -inf and an output of 0
+  // where there is nothing to attend to ([1, H, Tq, Dv] and [1, H, Tq] if packed). num_splits: into how many parts the
+  // keys of a few queries are split (0: as many as suit).
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, bool is_causal,"
-      " bool bottom_right, float? softcap=None) -> (Tensor output, Tensor lse)");
-  // The gradients lie in memory like output: [B, S, heads, width]. grad_mask [B, H, Sq, Sk] float32, if asked for.
+      " bool bottom_right, float? softcap=None, SymInt? window_left=None, SymInt? window_right=None,"
+      " Tensor? alibi_slopes=None, Tensor? sinks=None, float dropout_p=0.0, Tensor? dropout_state=None,"
+      " Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? block_table=None,"
+      " SymInt max_seqlen_q=0, SymInt max_seqlen_k=0, int num_splits=0) -> (Tensor output, Tensor lse)");
+  // The gradients lie in memory like output: [B, S, heads, width]. grad_mask [B, H, Sq, Sk] float32, if asked for;
+  // grad_sinks [H] float32, if there are sinks. Not for paged keys.
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor? mask,"
       " Tensor output, Tensor lse, float scale, bool is_causal, bool bottom_right, float? softcap,"
-      " bool needs_grad_mask)"
-      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)");
+      " bool needs_grad_mask, SymInt? window_left=None, SymInt? window_right=None, Tensor? alibi_slopes=None,"
+      " Tensor? sinks=None, float dropout_p=0.0, Tensor? dropout_state=None, Tensor? cu_seqlens_q=None,"
+      " Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)");
 
   // activation(input weight1^T + bias1) weight2^T + bias2, or with weight_gate
   // (activation(input weight_gate^T) * (input weight1^T + bias1)) weight2^T + bias2.
