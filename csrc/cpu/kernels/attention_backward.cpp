@@ -1,28 +1,41 @@
-// With P = exp(scores - lse) and dP = grad_output value^T:
+// With P = exp(scores - lse), F = 1 / (1 - dropout_p) where a weight is kept and 0 where it is dropped, and
+// dP = F * grad_output value^T:
 //   delta = rowsum(grad_output * output) - grad_lse,  dS = P * (dP - delta),
-//   grad_value = P^T grad_output,  grad_query = scale dS key,  grad_key = scale dS^T query,  grad_mask = dS.
-// With softcap, t = tanh(scale query key^T / softcap), and dS (1 - t^2) is what goes on to query and key.
+//   grad_value = (F * P)^T grad_output,  grad_query = scale dS key,  grad_key = scale dS^T query,  grad_mask = dS.
+// With softcap, t = tanh(scale query key^T / softcap), and dS (1 - t^2) is what goes on to query and key. A sink is in
+// lse, and its gradient follows from delta: see the operator.
 #include "attention.h"
 #include "attention_block.h"
+#include "attention_scores.h"
+#include "philox.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
 constexpr int64_t kKeyBlock = 64;
-static_assert(kKeyBlock <= kMostKeys);
+static_assert(kKeyBlock <= kMostKeys && kKeyBlock % kTileRows == 0);
+static_assert(kTileRows % 4 == 0);  // where dropout may begin
+
+// Rows whose sums are added up at once, in the first-level cache.
+constexpr int64_t kFinishRows = 16;
 
 // Blocks of P and dS serve as A, in units along the queries, and dS as B too, in units along the keys.
 template <typename Unit>
 constexpr int64_t kRowUnits = kQueryBlock / kUnitDepth<Unit>;
 
+// A part's packed keys, and the rows of its sums, begin with a whole tile, and are at most so many.
+FASTFORMER_INLINE int64_t first_row(const KeyRange& seen) { return seen.begin / kTileRows * kTileRows; }
+FASTFORMER_INLINE int64_t key_rows(int64_t keys) { return round_up(keys + kTileRows - 1, kTileRows); }
+
 template <typename Unit>
 struct Workspace {
   int64_t key_units, value_units;  // of a row, as a depth
   int64_t key_columns, value_columns;
-  // All the keys the queries see.
-  Unit* keys;       // [seqlen_k][key_units]
-  Unit* keys_deep;  // [seqlen_k][key_columns], in units along the keys
-  Unit* values;     // [seqlen_k][value_units]
+  // All the keys that the part's queries see, from first_row() on; `packed` says of each block of them whether it is.
+  Unit* keys;       // [key_rows][key_units]
+  Unit* keys_deep;  // [key_rows][key_columns], in units along the keys
+  Unit* values;     // [key_rows][value_units]
+  bool* packed;     // [key_rows / kKeyBlock]
   // One block of queries.
   Unit* queries_t;      // [key_units][kQueryBlock]
   Unit* queries_deep;   // [kQueryBlock][key_columns], in units along the queries
@@ -35,15 +48,16 @@ struct Workspace {
   // One block of queries against one of keys.
   float* scores;           // [kKeyBlock][kQueryBlock]
   float* grad_scores;      // [kKeyBlock][kQueryBlock], first dP and then dS, with softcap times 1 - t^2
-  float* terms;            // [kKeyBlock][kQueryBlock] of the mask; with softcap, dS in the end
-  Unit* weights;           // P as A
+  float* terms;            // [kKeyBlock][kQueryBlock] of masks and ALiBi; with softcap, dS in the end
+  float* factors;          // [kKeyBlock][kQueryBlock] of dropout
+  Unit* weights;           // F * P as A
   Unit* grad_scores_rows;  // dS as A
   Unit* grad_scores_deep;  // dS as B
   float* rows;             // rows before, or after, a transposition
 };
 
 template <typename Unit>
-Workspace<Unit> carve_workspace(const Attention& a, Carver& carver) {
+Workspace<Unit> carve_workspace(const Attention& a, int64_t keys, Carver& carver) {
   constexpr bool kFloat = kUnitDepth<Unit> == 1;
   constexpr int64_t kBlock = kKeyBlock * kQueryBlock;
   Workspace<Unit> w;
@@ -51,10 +65,11 @@ Workspace<Unit> carve_workspace(const Attention& a, Carver& carver) {
   w.value_units = padded(depth_units<Unit>(a.value_dim));
   w.key_columns = padded(a.head_dim);
   w.value_columns = padded(a.value_dim);
-  const int64_t keys = round_up(a.seqlen_k, kKeyBlock);
-  w.keys = carver.take<Unit>(keys * w.key_units);
-  w.keys_deep = kFloat ? w.keys : carver.take<Unit>(keys / kUnitDepth<Unit> * w.key_columns);
-  w.values = carver.take<Unit>(keys * w.value_units);
+  const int64_t rows = key_rows(keys);
+  w.keys = carver.take<Unit>(rows * w.key_units);
+  w.keys_deep = kFloat ? w.keys : carver.take<Unit>(rows / kUnitDepth<Unit> * w.key_columns);
+  w.values = carver.take<Unit>(rows * w.value_units);
+  w.packed = carver.take<bool>(rows / kKeyBlock + 1);
   w.queries_t = carver.take<Unit>(w.key_units * kQueryBlock);
   w.queries_deep = carver.take<Unit>(kRowUnits<Unit> * w.key_columns);
   w.grads_t = carver.take<Unit>(w.value_units * kQueryBlock);
@@ -65,7 +80,8 @@ Workspace<Unit> carve_workspace(const Attention& a, Carver& carver) {
   w.delta = carver.take<float>(kQueryBlock);
   w.scores = carver.take<float>(kBlock);
   w.grad_scores = carver.take<float>(kBlock);
-  w.terms = carver.take<float>(a.mask_kind == MaskKind::none && !has_softcap(a) ? 0 : kBlock);
+  w.terms = carver.take<float>(has_terms(a) || has_softcap(a) ? kBlock : 0);
+  w.factors = carver.take<float>(has_dropout(a) ? kBlock : 0);
   w.weights = kFloat ? reinterpret_cast<Unit*>(w.scores) : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
   w.grad_scores_rows = kFloat ? reinterpret_cast<Unit*>(w.grad_scores) : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
   w.grad_scores_deep = kFloat ? w.grad_scores_rows : carver.take<Unit>(kBlock / kUnitDepth<Unit>);
@@ -73,15 +89,19 @@ Workspace<Unit> carve_workspace(const Attention& a, Carver& carver) {
   return w;
 }
 
+// Keys [begin, end) to their rows of the packed ones, the first of which is `base`.
 template <typename T, typename Unit>
-void pack_keys(const Attention& a, int64_t batch, int64_t kv_head, int64_t keys, const Workspace<Unit>& w) {
-  const T* key = static_cast<const T*>(a.key) + row_offset(a.key_strides, batch, kv_head, 0);
-  const T* value = static_cast<const T*>(a.value) + row_offset(a.value_strides, batch, kv_head, 0);
-  const int64_t rows = round_up(keys, kTileRows);
-  pack_rows(key, a.key_strides[2], keys, a.head_dim, w.keys, rows, w.key_units);
-  pack_rows(value, a.value_strides[2], keys, a.value_dim, w.values, rows, w.value_units);
+void pack_keys(const Attention& a, const Sequence& s, int64_t kv_head, int64_t base, int64_t begin, int64_t end,
+               const Workspace<Unit>& w) {
+  const T* key = static_cast<const T*>(a.key) + key_offset(a, a.key_strides, s, kv_head, begin);
+  const T* value = static_cast<const T*>(a.value) + key_offset(a, a.value_strides, s, kv_head, begin);
+  const int64_t key_stride = a.key_strides[2], value_stride = a.value_strides[2];
+  const int64_t row = begin - base, keys = end - begin, rows = round_up(keys, kTileRows);
+  pack_rows(key, key_stride, keys, a.head_dim, w.keys + row * w.key_units, rows, w.key_units);
+  pack_rows(value, value_stride, keys, a.value_dim, w.values + row * w.value_units, rows, w.value_units);
   if (kUnitDepth<Unit> > 1) {
-    pack_depth_rows(key, a.key_strides[2], keys, a.head_dim, w.keys_deep, rows, w.key_columns);
+    Unit* deep = w.keys_deep + row / kUnitDepth<Unit> * w.key_columns;
+    pack_depth_rows(key, key_stride, keys, a.head_dim, deep, rows, w.key_columns);
   }
 }
 
@@ -92,33 +112,43 @@ float dot(const T* x, const T* y, int64_t width) {
   return reduce_add(sum);
 }
 
+// Queries, and what flows into their outputs.
 template <typename T, typename Unit>
-void pack_queries(const AttentionBackward& args, int64_t batch, const QueryBlock& q, const Workspace<Unit>& w) {
+void pack_queries(const AttentionBackward& args, const Sequence& s, const QueryBlock& q, const Workspace<Unit>& w) {
   const Attention& a = args.inputs;
-  const T* query = static_cast<const T*>(a.query) + row_offset(a.query_strides, batch, q.head, q.first);
-  const T* grad =
-      static_cast<const T*>(args.grad_output) + row_offset(args.grad_output_strides, batch, q.head, q.first);
-  const T* output = static_cast<const T*>(args.output) + row_offset(args.output_strides, batch, q.head, q.first);
+  const T* query = static_cast<const T*>(a.query) + query_offset(a.query_strides, s, q.head, q.first);
+  const T* grad = static_cast<const T*>(args.grad_output) + query_offset(args.grad_output_strides, s, q.head, q.first);
   const int64_t query_stride = a.query_strides[2], grad_stride = args.grad_output_strides[2];
-  const int64_t lanes = q.vecs() * kLanes;
-  Unit* rows = reinterpret_cast<Unit*>(w.rows);
-  pack_transposed(query, query_stride, q.count, a.head_dim, rows, w.queries_t);
-  pack_transposed(grad, grad_stride, q.count, a.value_dim, rows, w.grads_t);
-  pack_depth_rows(query, query_stride, q.count, a.head_dim, w.queries_deep, lanes, w.key_columns);
-  pack_depth_rows(grad, grad_stride, q.count, a.value_dim, w.grads_deep, lanes, w.value_columns);
-  memset(w.grad_query_t, 0, w.key_columns * kQueryBlock * sizeof(float));
-  const int64_t statistics = (batch * a.heads + q.head) * a.seqlen_q + q.first;
-  for (int64_t i = 0; i < lanes; ++i) {
+  if constexpr (kUnitDepth<Unit> == 1) {  // the rows to be transposed are those wanted as they are
+    pack_transposed(query, query_stride, q.count, a.head_dim, w.queries_deep, w.queries_t);
+    pack_transposed(grad, grad_stride, q.count, a.value_dim, w.grads_deep, w.grads_t);
+  } else {
+    Unit* rows = reinterpret_cast<Unit*>(w.rows);
+    pack_transposed(query, query_stride, q.count, a.head_dim, rows, w.queries_t);
+    pack_transposed(grad, grad_stride, q.count, a.value_dim, rows, w.grads_t);
+    pack_depth_rows(query, query_stride, q.count, a.head_dim, w.queries_deep, q.vecs() * kLanes, w.key_columns);
+    pack_depth_rows(grad, grad_stride, q.count, a.value_dim, w.grads_deep, q.vecs() * kLanes, w.value_columns);
+  }
+}
+
+template <typename T, typename Unit>
+void fill_statistics(const AttentionBackward& args, const Sequence& s, const QueryBlock& q, const Workspace<Unit>& w) {
+  const T* grad = static_cast<const T*>(args.grad_output) + query_offset(args.grad_output_strides, s, q.head, q.first);
+  const T* output = static_cast<const T*>(args.output) + query_offset(args.output_strides, s, q.head, q.first);
+  const int64_t at = lse_at(args.inputs, s, q.head, q.first);
+  for (int64_t i = 0; i < q.vecs() * kLanes; ++i) {
     w.lse[i] = INFINITY;
     w.lse_rest[i] = 0.0f;
     w.delta[i] = 0.0f;
-    if (i >= q.count || args.lse[statistics + i] == -INFINITY) continue;
-    const double lse = args.lse[statistics + i] * 1.4426950408889634;
+    if (i >= q.count || args.lse[at + i] == -INFINITY) continue;
+    const double lse = args.lse[at + i] * 1.4426950408889634;
     w.lse[i] = static_cast<float>(lse);
     w.lse_rest[i] = static_cast<float>(lse - w.lse[i]);
-    w.delta[i] = dot(grad + i * grad_stride, output + i * args.output_strides[2], a.value_dim);
-    if (args.grad_lse != nullptr) w.delta[i] -= args.grad_lse[statistics + i];
+    w.delta[i] =
+        dot(grad + i * args.grad_output_strides[2], output + i * args.output_strides[2], args.inputs.value_dim);
+    if (args.grad_lse != nullptr) w.delta[i] -= args.grad_lse[at + i];
   }
+  if (args.delta != nullptr) memcpy(args.delta + at, w.delta, q.count * sizeof(float));
 }
 
 // Writes two rows of P and dS of one register's queries.
@@ -142,15 +172,15 @@ FASTFORMER_INLINE void store_gradients(const Workspace<Pair>& w, int64_t key, in
 }
 #endif
 
-// scores and dP become P and dS.
+// scores and grad_output value^T become F * P and dS.
 template <typename Unit>
-void differentiate(const Attention& a, const Workspace<Unit>& w, const float* terms, const Band& band,
-                   int64_t all_vecs) {
+void differentiate(const Attention& a, const Workspace<Unit>& w, const float* terms, const float* factors,
+                   const Band& band, int64_t all_vecs) {
   const Vec factor = broadcast(score_factor(a));
   for (int64_t v = 0; v < all_vecs; ++v) {
-    const int64_t lane = v * kLanes, all = band.all(v), reach = band.reach(v);
+    const int64_t lane = v * kLanes, to = band.to(v), all_from = band.all_from(v), all_to = band.all_to(v);
     const Vec lse = load(w.lse + lane), rest = load(w.lse_rest + lane), delta = load(w.delta + lane);
-    for (int64_t j = 0; j < reach; j += 2) {
+    for (int64_t j = band.from(v); j < to; j += 2) {
       Vec weights[2], grads[2];
 #pragma GCC unroll 2
       for (int r = 0; r < 2; ++r) {
@@ -159,9 +189,15 @@ void differentiate(const Attention& a, const Workspace<Unit>& w, const float* te
         const Vec above =
             terms == nullptr ? fma(score, factor, zero() - lse) : fma(score, factor, load(terms + at)) - lse;
         Vec weight = exp2(min(zero(), above - rest));  // a weight is at most 1 whatever the rounding of huge scores
-        if (j + r >= all) weight = select(first_n(band.hidden(v, j + r)), zero(), weight);
+        if (j + r < all_from || j + r >= all_to) weight = where_seen(band, v, j + r, weight, zero());
         weights[r] = weight;
-        grads[r] = weight * (load(w.grad_scores + at) - delta);
+        Vec grad = load(w.grad_scores + at);
+        if (factors != nullptr) {
+          const Vec kept = load(factors + at);
+          weights[r] = weight * kept;
+          grad = grad * kept;
+        }
+        grads[r] = weight * (grad - delta);
         if (has_softcap(a)) {
           store(w.terms + at, grads[r]);
           grads[r] = grads[r] * fma(zero() - score, score, broadcast(1.0f));
@@ -176,125 +212,172 @@ void differentiate(const Attention& a, const Workspace<Unit>& w, const float* te
 template <typename Unit>
 void multiply_queries(const Unit* weights, const Unit* rows, float* sums, int64_t columns, const Band& band,
                       int64_t all_vecs) {
-  int64_t done = 0;
-  for (int64_t v = 0; v < all_vecs; ++v) {
-    const int64_t reach = band.reach(v), first = v * kLanes / kUnitDepth<Unit>;
-    if (reach == done) continue;
+  walk_registers(band, 0, all_vecs, [&](int64_t v, int vecs, int64_t from, int64_t to) FASTFORMER_LAMBDA {
+    const int64_t first = v * kLanes / kUnitDepth<Unit>;
     multiply<Unit, Layout::rows_by_depth, Store::accumulate>(
-        weights + done * kRowUnits<Unit> + first, kRowUnits<Unit>, rows + first * columns, columns,
-        sums + done * columns, columns, reach - done, columns, (all_vecs - v) * kLanes / kUnitDepth<Unit>);
-    done = reach;
-  }
+        weights + from * kRowUnits<Unit> + first, kRowUnits<Unit>, rows + first * columns, columns,
+        sums + from * columns, columns, to - from, columns, vecs * kLanes / kUnitDepth<Unit>);
+  });
 }
 
-void store_grad_mask(const AttentionBackward& args, int64_t batch, const QueryBlock& q, int64_t first_key,
+void store_grad_mask(const AttentionBackward& args, const Sequence& s, const QueryBlock& q, int64_t first_key,
                      const Band& band, const float* grad_scores, float* rows) {
   const Attention& a = args.inputs;
   transpose(grad_scores, kQueryBlock, rows, kKeyBlock, kKeyBlock, q.vecs() * kLanes);
   for (int64_t i = 0; i < q.count; ++i) {
-    float* to = args.grad_mask + ((batch * a.heads + q.head) * a.seqlen_q + q.first + i) * a.seqlen_k + first_key;
-    memcpy(to, rows + i * kKeyBlock, band.seen_by(i) * sizeof(float));
+    const int64_t from = band.seen_from(i), to = band.seen_to(i);
+    if (from >= to) continue;
+    float* grads = args.grad_mask + lse_at(a, s, q.head, q.first + i) * a.seqlen_k + first_key;
+    memcpy(grads + from, rows + i * kKeyBlock + from, (to - from) * sizeof(float));
   }
 }
 
 template <typename T, typename Unit>
-void store_grad_query(const AttentionBackward& args, int64_t batch, const QueryBlock& q, const Workspace<Unit>& w) {
+void store_grad_query(const AttentionBackward& args, const Sequence& s, const QueryBlock& q, const Workspace<Unit>& w) {
   const Attention& a = args.inputs;
   transpose(w.grad_query_t, kQueryBlock, w.rows, w.key_columns, w.key_columns, q.vecs() * kLanes);
   for (int64_t i = 0; i < q.count; ++i) {
-    T* to = static_cast<T*>(args.grad_query) + ((batch * a.seqlen_q + q.first + i) * a.heads + q.head) * a.head_dim;
+    T* to = static_cast<T*>(args.grad_query) + output_row(a, s, q.head, q.first + i) * a.head_dim;
     store_scaled(w.rows + i * w.key_columns, to, a.head_dim, a.scale);
   }
 }
 
-FASTFORMER_INLINE int64_t sum_rows(const Attention& a) { return round_up(a.seqlen_k, kKeyBlock); }
+// One block of queries against `keys` keys from `first_key` on, which lie from `row` on among the packed ones.
+template <typename Unit>
+void backward_block(const AttentionBackward& args, const Sequence& s, const QueryBlock& q, int64_t first_key,
+                    int64_t keys, bool plain, int64_t row, const Workspace<Unit>& w, float* key_sums,
+                    float* value_sums) {
+  const Attention& a = args.inputs;
+  const Band band = band_at(a, s, q, first_key, keys);
+  const int64_t vecs = q.vecs();
+  multiply_keys(w.keys + row * w.key_units, w.key_units, w.queries_t, w.scores, depth_units<Unit>(a.head_dim), band,
+                vecs);
+  multiply_keys(w.values + row * w.value_units, w.value_units, w.grads_t, w.grad_scores, depth_units<Unit>(a.value_dim),
+                band, vecs);
+  const float* terms = fill_terms(a, s, q, first_key, keys, plain, w.rows, w.terms);
+  const bool drops = has_dropout(a);
+  if (drops) dropout_factors(a, s, q, first_key, round_up(keys, kTileRows), w.factors);
+  cap_scores(a, w.scores, band, vecs);
+  differentiate(a, w, terms, drops ? w.factors : nullptr, band, vecs);
+  if (args.grad_mask != nullptr) {
+    store_grad_mask(args, s, q, first_key, band, has_softcap(a) ? w.terms : w.grad_scores, w.rows);
+  }
+  multiply_queries(w.weights, w.grads_deep, value_sums + row * w.value_columns, w.value_columns, band, vecs);
+  multiply_queries(w.grad_scores_rows, w.queries_deep, key_sums + row * w.key_columns, w.key_columns, band, vecs);
+  multiply_values(w.keys_deep + row / kUnitDepth<Unit> * w.key_columns, w.key_columns, w.grad_scores_deep,
+                  w.grad_query_t, a.head_dim, band, vecs);
+}
 
-int64_t sums(const AttentionBackward& args) {
-  return sum_rows(args.inputs) * (padded(args.inputs.head_dim) + padded(args.inputs.value_dim));
+int64_t sums(const AttentionBackward& args, int64_t keys) {
+  return key_rows(keys) * (padded(args.inputs.head_dim) + padded(args.inputs.value_dim));
 }
 
 template <typename T, typename Unit>
-void backward_part(const AttentionBackward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end,
-                   float* key_sums, void* scratch) {
+void backward_part(const AttentionBackward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end,
+                   const KeyRange& seen, float* key_sums, void* scratch) {
   const Attention& a = args.inputs;
+  const int64_t base = first_row(seen), rows = key_rows(seen.end - seen.begin);
   Carver carver{static_cast<char*>(scratch)};
-  const Workspace<Unit> w = carve_workspace<Unit>(a, carver);
-  float* value_sums = key_sums + sum_rows(a) * w.key_columns;
-  memset(key_sums, 0, sums(args) * sizeof(float));
-  int64_t last_key = 0;
-  for (int64_t block = begin; block < end; ++block) {
-    last_key = larger(last_key, keys_seen(a, query_block(a, kv_head, block)));
-  }
-  pack_keys<T>(a, batch, kv_head, last_key, w);
+  const Workspace<Unit> w = carve_workspace<Unit>(a, seen.end - seen.begin, carver);
+  float* value_sums = key_sums + rows * w.key_columns;
+  memset(key_sums, 0, sums(args, seen.end - seen.begin) * sizeof(float));
+  memset(w.packed, 0, rows / kKeyBlock + 1);
 
   for (int64_t block = begin; block < end; ++block) {
-    const QueryBlock q = query_block(a, kv_head, block);
-    const int64_t vecs = q.vecs(), seen = keys_seen(a, q);
-    pack_queries<T>(args, batch, q, w);
-    for (int64_t first_key = 0; first_key < seen; first_key += kKeyBlock) {
-      const Shown shown = shown_keys(a, batch, q, first_key, smaller(kKeyBlock, seen - first_key), kTileRows);
+    const QueryBlock q = query_block(a, s, kv_head, block);
+    const KeyRange own = keys_seen(a, s, q);
+    bool packed = false;
+    fill_statistics<T>(args, s, q, w);
+    memset(w.grad_query_t, 0, w.key_columns * kQueryBlock * sizeof(float));
+    for (int64_t key = first_row(own), next; key < own.end; key = next) {
+      const int64_t key_block = (key - base) / kKeyBlock, block_begin = base + key_block * kKeyBlock;
+      next = smaller(block_begin + kKeyBlock, own.end);
+      const Shown shown = shown_keys(a, s, q, key, next - key, kTileRows);
       if (shown.from >= shown.to) continue;
-      const int64_t first = first_key + shown.from;
-      const Band band{shown.to - shown.from, q.first + a.diagonal - first};
-      multiply_keys(w.keys + first * w.key_units, w.key_units, w.queries_t, w.scores, depth_units<Unit>(a.head_dim),
-                    band, vecs);
-      multiply_keys(w.values + first * w.value_units, w.value_units, w.grads_t, w.grad_scores,
-                    depth_units<Unit>(a.value_dim), band, vecs);
-      if (!shown.plain) mask_terms(a, batch, q, first, band.keys, w.rows, w.terms);
-      cap_scores(a, w.scores, band, vecs);
-      differentiate(a, w, shown.plain ? nullptr : w.terms, band, vecs);
-      if (args.grad_mask != nullptr) {
-        store_grad_mask(args, batch, q, first, band, has_softcap(a) ? w.terms : w.grad_scores, w.rows);
+      if (!w.packed[key_block]) {
+        pack_keys<T>(a, s, kv_head, base, block_begin, smaller(block_begin + kKeyBlock, seen.end), w);
+        w.packed[key_block] = true;
       }
-      multiply_queries(w.weights, w.grads_deep, value_sums + first * w.value_columns, w.value_columns, band, vecs);
-      multiply_queries(w.grad_scores_rows, w.queries_deep, key_sums + first * w.key_columns, w.key_columns, band, vecs);
-      multiply_values(w.keys_deep + first / kUnitDepth<Unit> * w.key_columns, w.key_columns, w.grad_scores_deep,
-                      w.grad_query_t, a.head_dim, band, vecs);
+      if (!packed) pack_queries<T>(args, s, q, w);
+      packed = true;
+      const int64_t first_key = key + shown.from;
+      backward_block(args, s, q, first_key, shown.to - shown.from, shown.plain, first_key - base, w, key_sums,
+                     value_sums);
     }
-    store_grad_query<T>(args, batch, q, w);
+    store_grad_query<T>(args, s, q, w);
   }
 }
 
-void part(const AttentionBackward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, float* sums,
-          void* scratch) {
+void part(const AttentionBackward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, KeyRange seen,
+          float* sums, void* scratch) {
   visit(args.inputs.dtype,
-        [&]<typename T>() { backward_part<T, UnitOf<T>>(args, batch, kv_head, begin, end, sums, scratch); });
+        [&]<typename T>() { backward_part<T, UnitOf<T>>(args, s, kv_head, begin, end, seen, sums, scratch); });
 }
 
-// Adds the parts up in the first one, always in the same order, and stores rows [begin, end) of it.
+void take(const AttentionBackward& args, KeyRange seen, const float* sums, KeyRange some, float* to) {
+  const int64_t key_columns = padded(args.inputs.head_dim), value_columns = padded(args.inputs.value_dim);
+  const int64_t first = first_row(some) - first_row(seen), rows = some.end - first_row(some);
+  const float* value_sums = sums + key_rows(seen.end - seen.begin) * key_columns;
+  float* to_values = to + key_rows(some.end - some.begin) * key_columns;
+  memcpy(to, sums + first * key_columns, rows * key_columns * sizeof(float));
+  memcpy(to_values, value_sums + first * value_columns, rows * value_columns * sizeof(float));
+}
+
+// Rows [begin, end) of the gradients of keys, or of values: `factor` times the sum of all the sums that have such a
+// row. These hold their rows of that kind after `offset` floats for each of them. A few rows at a time, whose sum stays
+// in the first-level cache, in the first of the sums.
 template <typename T>
-void finish_rows(float* sums, int64_t parts, int64_t part_stride, int64_t columns, T* to, int64_t to_stride,
-                 int64_t width, int64_t begin, int64_t end, float factor) {
-  for (int64_t i = begin * columns; i < end * columns; i += kLanes) {
-    Vec sum = load(sums + i);
-    for (int64_t p = 1; p < parts; ++p) sum = sum + load(sums + p * part_stride + i);
-    store(sums + i, sum);
+void finish_rows(float* sums, int64_t stride, const KeyRange* seen, int64_t count, int64_t offset, int64_t columns,
+                 T* to, int64_t to_stride, int64_t width, int64_t begin, int64_t end, float factor) {
+  for (int64_t key = begin, next; key < end; key = next) {
+    next = smaller(end, key + kFinishRows);
+    for (int64_t p = 0; p < count; ++p) {
+      if (key < seen[p].begin) next = smaller(next, seen[p].begin);
+      if (key < seen[p].end) next = smaller(next, seen[p].end);
+    }
+    float* total = nullptr;
+    for (int64_t p = 0; p < count; ++p) {
+      if (key < seen[p].begin || key >= seen[p].end) continue;
+      float* rows =
+          sums + p * stride + key_rows(seen[p].end - seen[p].begin) * offset + (key - first_row(seen[p])) * columns;
+      if (total == nullptr) {
+        total = rows;
+        continue;
+      }
+      for (int64_t i = 0; i < (next - key) * columns; i += kLanes) store(total + i, load(total + i) + load(rows + i));
+    }
+    for (int64_t row = key; row < next; ++row) {
+      if (total == nullptr) {
+        memset(to + row * to_stride, 0, width * sizeof(T));
+      } else {
+        store_scaled(total + (row - key) * columns, to + row * to_stride, width, factor);
+      }
+    }
   }
-  for (int64_t r = begin; r < end; ++r) store_scaled(sums + r * columns, to + r * to_stride, width, factor);
 }
 
-void finish(const AttentionBackward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, float* key_sums,
-            int64_t parts) {
+void finish(const AttentionBackward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, float* sums,
+            int64_t stride, const KeyRange* seen, int64_t count) {
   const Attention& a = args.inputs;
-  const int64_t row = batch * a.seqlen_k * a.kv_heads + kv_head, part_stride = sums(args);
   const int64_t key_columns = padded(a.head_dim), value_columns = padded(a.value_dim);
+  const int64_t row = (s.key_batch * a.seqlen_k + s.key_begin) * a.kv_heads + kv_head;
   visit(a.dtype, [&]<typename T>() {
-    finish_rows(key_sums, parts, part_stride, key_columns, static_cast<T*>(args.grad_key) + row * a.head_dim,
+    finish_rows(sums, stride, seen, count, 0, key_columns, static_cast<T*>(args.grad_key) + row * a.head_dim,
                 a.kv_heads * a.head_dim, a.head_dim, begin, end, a.scale);
-    finish_rows(key_sums + sum_rows(a) * key_columns, parts, part_stride, value_columns,
+    finish_rows(sums, stride, seen, count, key_columns, value_columns,
                 static_cast<T*>(args.grad_value) + row * a.value_dim, a.kv_heads * a.value_dim, a.value_dim, begin, end,
                 1.0f);
   });
 }
 
-int64_t scratch(const AttentionBackward& args) {
+int64_t scratch(const AttentionBackward& args, int64_t keys) {
   Carver carver{nullptr};
-  visit(args.inputs.dtype, [&]<typename T>() { carve_workspace<UnitOf<T>>(args.inputs, carver); });
+  visit(args.inputs.dtype, [&]<typename T>() { carve_workspace<UnitOf<T>>(args.inputs, keys, carver); });
   return carver.used;
 }
 
 }  // namespace
 
-const AttentionBackwardKernels attention_backward{scratch, sums, part, finish};
+const AttentionBackwardKernels attention_backward{scratch, sums, part, take, finish};
 
 }  // namespace fastformer::FASTFORMER_LEVEL

@@ -1,7 +1,8 @@
 // A few queries against many keys, as when one token is generated at a time: keys and values are read once, as they
 // lie in memory, and nothing is packed.
 #include "attention.h"
-#include "attention_block.h"
+#include "attention_scores.h"
+#include "philox.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
@@ -69,9 +70,27 @@ void weigh_values(const float* weights, const T* values, int64_t stride, int64_t
   }
 }
 
-// Scores to weights of exp2(score - peak), with `terms` of the mask or null; returns how much earlier sums fade.
-FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, int64_t count, const Attention& a,
-                                       const State& s) {
+// terms[key] of a query: what fill_terms gives a block.
+FASTFORMER_INLINE const float* fill_terms_of_row(const Attention& a, const Sequence& s, const QueryBlock& q,
+                                                 int64_t first_key, int64_t keys, bool plain, float* terms) {
+  if (!plain) {
+    const int64_t at = mask_offset(a, s, q, first_key);
+    visit_mask(a, [&]<typename M>() { mask_row(static_cast<const M*>(a.mask) + at, a.mask_strides[3], keys, terms); });
+  }
+  if (a.slopes == nullptr) return plain ? nullptr : terms;
+  const float slope = a.slopes[s.index * a.slopes_stride + q.head] * -kLog2e;
+  const int64_t position = q.first + s.offset - first_key;
+  for (int64_t j = 0; j < keys; ++j) {
+    const float term = slope * fabsf(static_cast<float>(position - j));
+    terms[j] = plain ? term : terms[j] + term;
+  }
+  return terms;
+}
+
+// Scores to weights of exp2(score - peak), with `terms` or null, and times `factors` or null where they are dropped;
+// returns how much earlier sums fade.
+FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, const float* factors, int64_t count,
+                                       const Attention& a, const State& s) {
   const Vec factor = broadcast(score_factor(a)), cap_factor = broadcast(a.scale / a.softcap);
   Vec peaks = broadcast(*s.peak);
   for_lanes(0, count, [&](int64_t i, int n) FASTFORMER_LAMBDA {
@@ -87,7 +106,7 @@ FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, int64_
   Vec sum = zero();
   for_lanes(0, count, [&](int64_t i, int) FASTFORMER_LAMBDA {
     const Vec weight = exp2(load(scores + i) - broadcast(shift));
-    store(scores + i, weight);
+    store(scores + i, factors == nullptr ? weight : weight * load(factors + i));
     sum = sum + weight;
   });
   const float fade = exp2f(*s.peak - shift);
@@ -96,46 +115,68 @@ FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, int64_
   return fade;
 }
 
+// One query against keys [first, first + shown.to) of those that it sees.
 template <typename T>
-void decode_keys(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end,
-                 float* states, float* query) {
+void attend_to_keys(const Attention& a, const Sequence& s, const QueryBlock& q, int64_t kv_head, int64_t first,
+                    const Shown& shown, const float* query, const State& state) {
+  // Products come by fours, and dropout's factors begin with a whole four.
+  alignas(64) float scores[kKeyBlock + kLanes], terms[kKeyBlock + kLanes], factors[kKeyBlock + 4 + kLanes];
+  first += shown.from;
+  const int64_t keys = shown.to - shown.from;
+  for_key_runs(a, first, keys, [&](int64_t row, int64_t rows) FASTFORMER_LAMBDA {
+    dot_products(query, static_cast<const T*>(a.key) + key_offset(a, a.key_strides, s, kv_head, row), a.key_strides[2],
+                 rows, a.head_dim, scores + (row - first));
+  });
+  const float* row_terms = fill_terms_of_row(a, s, q, first, keys, shown.plain, terms);
+  const int64_t before = first % 4;
+  if (has_dropout(a)) dropout_factors_of_row(a, s, q.head, q.first, first - before, before + keys, factors);
+  float fade = online_softmax(scores, row_terms, has_dropout(a) ? factors + before : nullptr, keys, a, state);
+  for_key_runs(a, first, keys, [&](int64_t row, int64_t rows) FASTFORMER_LAMBDA {
+    weigh_values(scores + (row - first),
+                 static_cast<const T*>(a.value) + key_offset(a, a.value_strides, s, kv_head, row), a.value_strides[2],
+                 rows, a.value_dim, fade, state.output);
+    fade = 1.0f;
+  });
+}
+
+// The queries of a sequence and key head, as rows: those of one head after those of another.
+FASTFORMER_INLINE int64_t rows_of(const Attention& a, int64_t queries) { return a.heads / a.kv_heads * queries; }
+FASTFORMER_INLINE QueryBlock query_of_row(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row) {
+  return {kv_head * (a.heads / a.kv_heads) + row / s.queries, row % s.queries, 1};
+}
+
+template <typename T>
+void decode_keys(const AttentionForward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end,
+                 float* states, float* queries) {
   const Attention& a = args.inputs;
-  const int64_t group = a.heads / a.kv_heads, rows = group * a.seqlen_q;
-  alignas(64) float scores[kKeyBlock], terms[kKeyBlock];
+  const int64_t rows = rows_of(a, s.queries), width = padded(a.head_dim);
   for (int64_t row = 0; row < rows; ++row) {
-    const State s = state_at(a, states, row);
-    for (int64_t i = 0; i < padded(a.value_dim); ++i) s.output[i] = 0.0f;
-    *s.peak = -INFINITY;
-    *s.total = 0.0f;
-    const T* from = static_cast<const T*>(a.query) +
-                    row_offset(a.query_strides, batch, kv_head * group + row / a.seqlen_q, row % a.seqlen_q);
-    pack_row(from, a.head_dim, query + row * padded(a.head_dim), padded(a.head_dim));
+    const QueryBlock q = query_of_row(a, s, kv_head, row);
+    const State state = state_at(a, states, row);
+    memset(state.output, 0, padded(a.value_dim) * sizeof(float));
+    *state.peak = -INFINITY;
+    *state.total = 0.0f;
+    pack_row(static_cast<const T*>(a.query) + query_offset(a.query_strides, s, q.head, q.first), a.head_dim,
+             queries + row * width, width);
   }
-  for (int64_t first = begin; first < end; first += kKeyBlock) {
-    const T* key = static_cast<const T*>(a.key) + row_offset(a.key_strides, batch, kv_head, first);
-    const T* value = static_cast<const T*>(a.value) + row_offset(a.value_strides, batch, kv_head, first);
+  for (int64_t first_key = begin; first_key < end; first_key += kKeyBlock) {
+    const int64_t last_key = smaller(first_key + kKeyBlock, end);
     for (int64_t row = 0; row < rows; ++row) {
-      const QueryBlock q{kv_head * group + row / a.seqlen_q, row % a.seqlen_q, 1};
-      const int64_t count = smaller(smaller(kKeyBlock, end - first), keys_seen(a, q) - first);
-      if (count <= 0) continue;
-      const Shown shown = shown_keys(a, batch, q, first, count, 1);
-      const int64_t keys = shown.to - shown.from;
-      if (keys <= 0) continue;
-      const State s = state_at(a, states, row);
-      dot_products(query + row * padded(a.head_dim), key + shown.from * a.key_strides[2], a.key_strides[2], keys,
-                   a.head_dim, scores);
-      if (!shown.plain) mask_terms_of_row(a, batch, q, first + shown.from, keys, terms);
-      const float fade = online_softmax(scores, shown.plain ? nullptr : terms, keys, a, s);
-      weigh_values(scores, value + shown.from * a.value_strides[2], a.value_strides[2], keys, a.value_dim, fade,
-                   s.output);
+      const QueryBlock q = query_of_row(a, s, kv_head, row);
+      const KeyRange seen = keys_seen(a, s, q);
+      const int64_t first = larger(first_key, seen.begin), last = smaller(last_key, seen.end);
+      if (first >= last) continue;
+      const Shown shown = shown_keys(a, s, q, first, last - first, 1);
+      if (shown.from >= shown.to) continue;
+      attend_to_keys<T>(a, s, q, kv_head, first, shown, queries + row * width, state_at(a, states, row));
     }
   }
 }
 
-void part(const AttentionForward& args, int64_t batch, int64_t kv_head, int64_t begin, int64_t end, float* states,
+void part(const AttentionForward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, float* states,
           void* scratch) {
   visit(args.inputs.dtype,
-        [&]<typename T>() { decode_keys<T>(args, batch, kv_head, begin, end, states, static_cast<float*>(scratch)); });
+        [&]<typename T>() { decode_keys<T>(args, s, kv_head, begin, end, states, static_cast<float*>(scratch)); });
 }
 
 template <typename T>
@@ -145,41 +186,42 @@ void store_quotient(const float* from, T* to, int64_t width, float divisor) {
 }
 
 template <typename T>
-void combine_rows(const AttentionForward& args, int64_t batch, int64_t kv_head, float* states, int64_t parts) {
+void combine_rows(const AttentionForward& args, const Sequence& s, int64_t kv_head, float* states, int64_t parts) {
   const Attention& a = args.inputs;
-  const int64_t group = a.heads / a.kv_heads, rows = group * a.seqlen_q;
+  const int64_t rows = rows_of(a, s.queries);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t head = kv_head * group + row / a.seqlen_q, i = row % a.seqlen_q;
-    float peak = -INFINITY, total = 0.0f;
+    const QueryBlock q = query_of_row(a, s, kv_head, row);
+    const Sink sink = a.sinks == nullptr ? Sink{-INFINITY, 0.0f} : sink_of(a, q.head);  // it has no value
+    float peak = sink.score;
     for (int64_t p = 0; p < parts; ++p) peak = fmaxf(peak, *state_at(a, states, p * rows + row).peak);
     const float shift = peak < -FLT_MAX ? 0.0f : peak;
+    float total = exp2f(sink.score - shift + sink.rest);
     const State sum = state_at(a, states, row);
     for (int64_t p = 0; p < parts; ++p) {
-      const State s = state_at(a, states, p * rows + row);
-      const float fade = exp2f(*s.peak - shift);
-      total += *s.total * fade;
+      const State state = state_at(a, states, p * rows + row);
+      const float fade = exp2f(*state.peak - shift);
+      total += *state.total * fade;
       for (int64_t d = 0; d < padded(a.value_dim); d += kLanes) {
-        const Vec part = load(s.output + d) * broadcast(fade);
+        const Vec part = load(state.output + d) * broadcast(fade);
         store(sum.output + d, p == 0 ? part : load(sum.output + d) + part);
       }
     }
-    T* to = static_cast<T*>(args.output) + ((batch * a.seqlen_q + i) * a.heads + head) * a.value_dim;
+    T* to = static_cast<T*>(args.output) + output_row(a, s, q.head, q.first) * a.value_dim;
     store_quotient(sum.output, to, a.value_dim, total);
-    args.lse[(batch * a.heads + head) * a.seqlen_q + i] = natural_lse(peak, total);
+    args.lse[lse_at(a, s, q.head, q.first)] = natural_lse(peak, total);
   }
 }
 
-void combine(const AttentionForward& args, int64_t batch, int64_t kv_head, float* states, int64_t parts) {
-  visit(args.inputs.dtype, [&]<typename T>() { combine_rows<T>(args, batch, kv_head, states, parts); });
+void combine(const AttentionForward& args, const Sequence& s, int64_t kv_head, float* states, int64_t parts) {
+  visit(args.inputs.dtype, [&]<typename T>() { combine_rows<T>(args, s, kv_head, states, parts); });
 }
 
-int64_t states(const AttentionForward& args) {
-  return args.inputs.heads / args.inputs.kv_heads * args.inputs.seqlen_q * state_floats(args.inputs);
+int64_t states(const AttentionForward& args, int64_t queries) {
+  return rows_of(args.inputs, queries) * state_floats(args.inputs);
 }
 
-int64_t scratch(const AttentionForward& args) {
-  const Attention& a = args.inputs;
-  return a.heads / a.kv_heads * a.seqlen_q * padded(a.head_dim) * static_cast<int64_t>(sizeof(float));
+int64_t scratch(const AttentionForward& args, int64_t queries) {
+  return rows_of(args.inputs, queries) * padded(args.inputs.head_dim) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace
