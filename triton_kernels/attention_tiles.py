@@ -1,4 +1,4 @@
-"""What the attention kernels, forward and backward, share: tile sizes, loads, stores, softcap and masks.
+"""What the attention kernels, forward and backward, share: tile sizes, loads, stores, softcap and what adds to scores.
 
 Shapes: B batch, H query heads, G key/value heads (H a multiple of G), Sq and Sk lengths, D head_dim, Dv value width.
 A program works on one (batch, head) and on tiles of BLOCK_Q queries by BLOCK_K keys; D and Dv are padded to powers of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Container
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .attention_visible import mask_pointers
+
 LOG2E = tl.constexpr(math.log2(math.e))
+
+# The arguments with which rows beyond a sequence are another's, or unused: tiles can't be loaded by descriptors.
+POINTERS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
+# How much of the kernels' registers an argument takes, besides.
+BURDENS = {"mask": 2, "softcap": 1, "window_left": 1, "alibi_slopes": 1, "dropout_state": 4}
 
 # Within a tile, at most 128 by 128, offsets are of 32 bits, because those of 64 would take registers that the kernels
 # don't have: steps along its rows and columns must be smaller than this.
@@ -41,42 +49,49 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# (architecture, head width at most, bytes an element, crowded) -> tiles. The budget: no register spills (255 registers
+# (architecture, head width at most, bytes an element, crowding) -> tiles. The budget: no register spills (255 registers
 # a thread), and shared memory within 99 KB on "sm_80", so that sm_86, sm_89 and sm_120 run it too, and 227 KB on
 # "sm_90". At 8 warps a [128, 128] float32 accumulator takes 64 registers a thread; forward holds one of output's width
-# and the scores, dkdv two of head width, the scores and their gradients. Crowded is what has a mask or softcap: either
-# adds a tile of its own to registers, and a mask, pipelined, to shared memory, hence the smaller blocks. float32
-# products run on the plain cores, which read both operands into registers. "sm_100" has its own rows where it spills
-# with those of "sm_90".
-TILES: dict[tuple[str, int, int, bool], Tiles] = {
-    ("sm_80", 64, 2, False): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_80", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
-    ("sm_80", 128, 2, False): Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
-    ("sm_80", 128, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_80", 256, 2, False): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
-    ("sm_80", 256, 2, True): Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)),
-    ("sm_80", 64, 4, False): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("sm_80", 64, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
-    ("sm_80", 128, 4, False): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_80", 128, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_80", 256, 4, False): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-    ("sm_80", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
-    ("sm_90", 64, 2, False): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", 64, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 128, 2, False): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", 128, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(16, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 256, 2, False): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_90", 64, 4, False): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("sm_90", 64, 4, True): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", 128, 4, False): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", 128, 4, True): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_90", 256, 4, False): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
-    ("sm_90", 256, 4, True): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
-    ("sm_100", 128, 2, False): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
-    ("sm_100", 128, 2, True): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_100", 256, 2, True): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_100", 64, 4, True): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 4, 1), Tile(32, 32, 8, 2)),
+# and the scores, dkdv two of head width, the scores and their gradients. A mask or softcap adds a tile of its own to
+# registers, and a mask, pipelined, to shared memory, hence the smaller blocks where it is crowded. float32 products run
+# on the plain cores, which read both operands into registers. "sm_100" has its own rows where it spills with those of
+# "sm_90". A row that is missing is that of less crowding.
+TILES: dict[tuple[str, int, int, int], Tiles] = {
+    ("sm_80", 64, 2, 0): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+    ("sm_80", 64, 2, 2): Tiles(Tile(128, 64, 8, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+    ("sm_80", 128, 2, 0): Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", 128, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_80", 128, 2, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_80", 256, 2, 0): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
+    ("sm_80", 256, 2, 1): Tiles(Tile(64, 32, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1)),
+    ("sm_80", 64, 4, 0): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", 64, 4, 1): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", 128, 4, 0): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
+    ("sm_80", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 32, 8, 2)),
+    ("sm_80", 256, 4, 0): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    ("sm_80", 256, 4, 1): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 64, 2, 0): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 64, 2, 2): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 128, 2, 0): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", 128, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 128, 2, 2): Tiles(Tile(128, 32, 8, 2), Tile(16, 32, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, 0): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_90", 256, 2, 2): Tiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_90", 64, 4, 0): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_90", 64, 4, 1): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", 128, 4, 0): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
+    ("sm_90", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 32, 8, 2)),
+    ("sm_90", 256, 4, 0): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 256, 4, 1): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_100", 128, 2, 0): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("sm_100", 128, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_100", 256, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_100", 64, 4, 1): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
 }
 
 
@@ -85,15 +100,29 @@ def padded_width(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, crowded: bool) -> Tiles:
-    """The row of the table for heads as wide as the wider of query and value; crowded: with a mask or softcap."""
+def crowding(width: int, given: Container[str]) -> int:
+    """0, 1 or 2: how much of the registers what is given takes, by the names of the operators' arguments.
+
+    The weights are such that the kernels of tests/ahead_of_time/attention.py spill nothing.
+    """
+    burden = sum(weight for name, weight in BURDENS.items() if name in given)
+    if "block_table" in given:
+        burden += 3
+    elif any(name in given for name in POINTERS):
+        burden += 2 if width <= 128 else 4
+    return 0 if burden == 0 else 1 if burden <= 3 else 2
+
+
+def select_tiles(architecture: str, head_dim: int, value_dim: int, itemsize: int, given: Container[str]) -> Tiles:
+    """The row of the table for heads as wide as the wider of query and value, and arguments of these names."""
     width = max(64, padded_width(head_dim), padded_width(value_dim))
     if architecture == "gfx942":  # as sm_80, with as many threads: its warps have 64
-        tiles = TILES["sm_80", width, itemsize, crowded]
+        tiles = select_tiles("sm_80", head_dim, value_dim, itemsize, given)
         return Tiles(*(tile._replace(num_warps=tile.num_warps // 2) for tile in tiles))
-    if architecture == "sm_100" and (architecture, width, itemsize, crowded) not in TILES:
-        architecture = "sm_90"
-    return TILES[architecture, width, itemsize, crowded]
+    architectures = ("sm_100", "sm_90") if architecture == "sm_100" else (architecture,)
+    levels = range(crowding(width, given), -1, -1)
+    rows = [(name, width, itemsize, level) for level in levels for name in architectures]
+    return next(TILES[row] for row in rows if row in TILES)
 
 
 @functools.cache
@@ -129,11 +158,11 @@ def describe(tensor: Tensor, block_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, [1, 1, block_rows, padded_width(tensor.shape[-1])])
 
 
-def launch_options(tile: Tile, most_registers: bool) -> dict[str, int]:
-    """The tile as the keyword arguments of a kernel.
+def launch_options(tile: Tile, itemsize: int, softcap: bool, wide_dq: bool = False) -> dict[str, int]:
+    """The tile as the keyword arguments of a kernel. wide_dq: it is that of dq, of a width beyond 64.
 
-    most_registers: without it the compiler, for the sake of 128 registers, spills some in kernels with softcap; with it
-    it spills in those whose dq is wide.
+    For the sake of 128 registers a thread, the compiler spills some in kernels of float32, or with softcap, unless it
+    is told that there are more; where it is told so, it spills in those of wide dq.
     """
     options = {
         "BLOCK_Q": tile.block_q,
@@ -141,7 +170,7 @@ def launch_options(tile: Tile, most_registers: bool) -> dict[str, int]:
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    if most_registers and not torch.version.hip:
+    if (itemsize == 4 or (softcap and not wide_dq)) and not torch.version.hip:
         options["maxnreg"] = 255
     return options
 
@@ -179,13 +208,13 @@ def load_rows(
     batch,
     head,
     start,
-    seqlen,
+    end,
     WIDTH: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """[BLOCK_S, BLOCK_W]: the rows from start on of one head, 0 beyond seqlen and WIDTH."""
+    """[BLOCK_S, BLOCK_W]: the rows from start on of one head, 0 from end, with DESCRIPTORS S, and WIDTH on."""
     if DESCRIPTORS:
         tile = source.load([batch, head, start, 0]).reshape(BLOCK_S, BLOCK_W)
     else:
@@ -193,7 +222,7 @@ def load_rows(
         columns = tl.arange(0, BLOCK_W)[None, :]
         first = source + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
         pointers = first + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + columns
-        tile = tl.load(pointers, mask=(start + rows < seqlen) & (columns < WIDTH), other=0.0)
+        tile = tl.load(pointers, mask=(start + rows < end) & (columns < WIDTH), other=0.0)
     return tile
 
 
@@ -205,15 +234,15 @@ def store_rows(
     batch,
     head,
     start,
-    seqlen,
+    end,
     WIDTH: tl.constexpr,
 ):
-    """Stores the part of tile that lies within seqlen and WIDTH as the rows from start on of one head."""
+    """Stores the part of tile that lies before end and within WIDTH as the rows from start on of one head."""
     rows = tl.arange(0, tile.shape[0])[:, None]
     columns = tl.arange(0, tile.shape[1])[None, :]
     first = target + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
     pointers = first + tl.cast(start, tl.int64) * strides[2] + rows * strides[2] + columns
-    inside = (start + rows < seqlen) & (columns < WIDTH)
+    inside = (start + rows < end) & (columns < WIDTH)
     tl.store(pointers, tile.to(target.dtype.element_ty), mask=inside)
 
 
@@ -241,65 +270,29 @@ def cap_scores(scores, scale, softcap):
 
 
 @triton.jit
-def mask_scores(
-    scores,  # float32 [BLOCK_Q, BLOCK_K], a tile of scale * query key^T; the other way round if TRANSPOSED
+def add_biases(
+    scores,  # a float32 tile of query key^T, to be multiplied by factor
+    factor,
+    row,
+    column,
     first_query,
     first_key,
-    mask,  # of this batch and head, broadcasting to [Sq, Sk] by its strides; uint8 (0: masked) or added
+    lengths,  # (seqlen_q, seqlen_k)
+    offset,  # query i is at position i + offset among the keys
+    slope,  # of ALiBi, or None
+    mask,  # of this batch and head; read if MASK is additive
     mask_strides,  # of query and key
-    seqlen_q,
-    seqlen_k,
-    causal_offset,
     MASK: tl.constexpr,
-    EDGE: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
 ):
-    """The scores with the mask applied, and at an EDGE (the last keys or the causal diagonal) -inf beyond it."""
-    if TRANSPOSED:
-        row = tl.arange(0, scores.shape[1])[None, :]
-        column = tl.arange(0, scores.shape[0])[:, None]
-    else:
-        row = tl.arange(0, scores.shape[0])[:, None]
-        column = tl.arange(0, scores.shape[1])[None, :]
-    queries = first_query + row
-    keys = first_key + column
-    if MASK != "none":
-        corner = (
-            mask + tl.cast(first_query, tl.int64) * mask_strides[0] + tl.cast(first_key, tl.int64) * mask_strides[1]
-        )
-        pointers = corner + (row * mask_strides[0] + column * mask_strides[1])
-        inside = queries < seqlen_q
-        if EDGE or TRANSPOSED:
-            inside &= keys < seqlen_k
-        tile = tl.load(pointers, mask=inside, other=0)
-        if MASK == "bool":
-            scores = tl.where(tile != 0, scores, float("-inf"))
-        else:
-            scores += tile.to(tl.float32)
-    if EDGE:
-        visible = keys < seqlen_k
-        if IS_CAUSAL:
-            visible &= keys <= queries + causal_offset
-        scores = tl.where(visible, scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def visible_keys(
-    first_query,
-    seqlen_q,
-    seqlen_k,
-    causal_offset,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-):
-    """(full, end): tiles of keys below full are seen by all BLOCK_Q queries, keys from end on by none of them."""
-    full = seqlen_k // BLOCK_K * BLOCK_K
-    end = seqlen_k
-    if IS_CAUSAL:
-        last_query = tl.minimum(first_query + BLOCK_Q, seqlen_q) - 1
-        full = tl.minimum(full, tl.maximum(first_query + causal_offset + 1, 0) // BLOCK_K * BLOCK_K)
-        end = tl.minimum(end, tl.maximum(last_query + causal_offset + 1, 0))
-    return full, end
+    """(scores, factor) with ALiBi and an additive mask, where there are such; the factor is then 1."""
+    if slope is not None or MASK == "additive":
+        scores *= factor
+        factor = 1.0
+    if slope is not None:
+        distance = (first_query + offset - first_key + row).to(tl.float32) - column.to(tl.float32)
+        scores -= slope * tl.abs(distance)
+    if MASK == "additive":
+        inside = (first_query + row < lengths[0]) & (first_key + column < lengths[1])
+        pointers = mask_pointers(mask, mask_strides, first_query, first_key, row, column)
+        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return scores, factor

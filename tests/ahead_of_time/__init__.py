@@ -50,6 +50,7 @@ class Case:
     signature: dict[str, str]
     constexprs: dict[str, object]
     options: dict[str, int] = field(default_factory=dict)
+    uses: str = ""  # an instruction that its PTX must have
     may_spill: str = ""  # the dated measurement which shows that it is faster so; empty: it may not
     thorough: bool = False  # so like another case that only a thorough check compiles it
 
@@ -106,6 +107,8 @@ def _compile(case: Case, target: GPUTarget) -> tuple[int, int, int]:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, case.constexprs, attributes)
     compiled = triton.compile(source, target=target, options=dict(case.options))
+    if case.uses not in compiled.asm.get("ptx", case.uses):
+        raise ValueError(f"{case.uses} is not used")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     if tensor_memory > TENSOR_MEMORY_LIMIT:  # the compiler gives a program that does nothing
         raise ValueError(f"{tensor_memory} columns of tensor memory, the limit is {TENSOR_MEMORY_LIMIT}")
