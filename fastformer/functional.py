@@ -6,18 +6,23 @@ Each has torch's own signature, with additions behind it as keywords only; every
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as _torch_functional
 from torch import Tensor
 
-from fastformer.ops.attention import scaled_dot_product_attention as _sdpa
+from fastformer.ops._common import check_probability as _check_probability
 from fastformer.ops.feed_forward import feed_forward as _feed_forward
 from fastformer.ops.layer_norm import layer_norm as _layer_norm
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from fastformer.ops.rotary import rotary as _rotary
+from fastformer.ops.scaled_dot_product_attention import scaled_dot_product_attention as _sdpa
 from fastformer.ops.softmax import softmax as _softmax
+from fastformer.ops.varlen_attn import varlen_attn as _varlen_attn
+
+if TYPE_CHECKING:
+    from torch.nn.attention.varlen import AuxRequest as _AuxRequest
 
 
 def softmax(
@@ -126,6 +131,7 @@ def scaled_dot_product_attention(
     causal_alignment: str = "top_left",
     window: tuple[int | None, int | None] | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -138,15 +144,19 @@ def scaled_dot_product_attention(
         key, value: [..., G, Sk, D] and [..., G, Sk, Dv]; G = H, or a divisor of H with ``enable_gqa``.
         attn_mask: broadcasts to [..., H, Sq, Sk]: bool (True may attend) or floating point (added to the scores). May
             be given together with ``is_causal``. One that requires a gradient gets one.
-        dropout_p: probability that an attention weight is dropped.
+        dropout_p: probability that an attention weight is dropped. Where our kernels run, which ones are depends on
+            torch's generator and on a weight's place alone, not on the kernel.
         is_causal: query i attends to keys j <= i, or j <= i + Sk - Sq, by ``causal_alignment``.
         scale: 1 / sqrt(D) if None.
         causal_alignment: "top_left" (torch's) or "bottom_right" (the last query sees every key).
         window: (left, right): query i sees keys i - left to i + right only, i placed among the keys by
             ``causal_alignment``; None for no bound.
         softcap: c > 0: the scores become c tanh(scores / c) before masking (Gemma 2, arXiv 2408.00118).
+        alibi_slopes: [H] or [..., H]: -slope |p - j| is added to the score of query i and key j, p being the place of
+            i among the keys by ``causal_alignment`` (ALiBi, arXiv 2108.12409). May require a gradient.
         sinks: [H], for each head one more score in the softmax's sum, without a value (arXiv 2309.17453).
-        return_lse: return (output, lse) with the rows' log-sum-exp [..., H, Sq] in float32, natural logarithm.
+        return_lse: return (output, lse) with the rows' log-sum-exp [..., H, Sq], natural logarithm, in float32
+            (float64 for float64 tensors).
 
     Returns:
         [..., H, Sq, Dv]. A query that may attend to nothing gives zeros (lse -inf).
@@ -154,8 +164,64 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device.
     """
-    extras = (causal_alignment, window, softcap, sinks, return_lse)
+    extras = (causal_alignment, window, softcap, alibi_slopes, sinks, return_lse)
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, *extras)
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: _AuxRequest | None = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """torch.nn.attention.varlen's attention: N sequences of different lengths, packed one behind the other, each
+    attending to its own keys. On CPUs too, and with gradients by everything that is not an index.
+
+    Args:
+        query: [Tq, H, D], the queries of all sequences.
+        key, value: [Tk, G, D] and [Tk, G, Dv], packed likewise; or with ``block_table`` a pool of pages, [pages, page
+            size, G, D] and [pages, page size, G, Dv], the page size a power of two, 16 at least. G = H, or a divisor of
+            H with ``enable_gqa``.
+        cu_seq_q, cu_seq_k: int32 [N + 1], ascending from 0: sequence b has rows cu_seq[b] to cu_seq[b + 1]. It may be
+            empty. cu_seq_k is not read, and may be None, with ``block_table``.
+        max_q, max_k: no sequence has more queries, or keys.
+        return_aux: with ``lse`` set, return (output, lse): the rows' log-sum-exp [H, Tq], natural logarithm, in
+            float32 (float64 for float64 tensors).
+        scale: 1 / sqrt(D) if None.
+        window_size: (left, right): query i sees keys p - left to p + right, where p = i + keys - queries of the
+            sequence: the last query is level with the last key. -1: no bound; (-1, 0) is causal attention.
+        seqused_k: int32 [N]: only so many keys of each sequence are there yet.
+        block_table: int32 [N, P]: keys 0 .. page size - 1 of sequence b are page block_table[b, 0], and so on. Wants
+            ``seqused_k``.
+        num_splits: into how many parts the keys of a few queries are split, to be combined again; 1 makes the result of
+            a sequence independent of the others, to the bit. None: as many as suit.
+        is_causal: as a window with right = 0.
+        softcap, alibi_slopes, sinks: as in scaled_dot_product_attention; alibi_slopes [H] or [N, H].
+
+    Returns:
+        [Tq, H, Dv]. A query without keys gives zeros, as do rows of no sequence.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device; on a CPU also if lengths or
+            pages lie outside the tensors.
+    """
+    arrays = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa)
+    return _varlen_attn(*arrays, seqused_k, block_table, num_splits, is_causal, softcap, alibi_slopes, sinks)
 
 
 def feed_forward(
@@ -182,7 +248,7 @@ def feed_forward(
     Returns:
         [..., C2].
     """
-    _check_probability(dropout_p)
+    _check_probability("dropout_p", dropout_p)
     return _feed_forward(
         input,
         weight1,
@@ -249,13 +315,8 @@ def _rms_eps(input: Tensor, eps: float | None) -> float:
 
 
 def _dropout(input: Tensor, dropout_p: float, training: bool) -> Tensor:
-    _check_probability(dropout_p)
+    _check_probability("dropout_p", dropout_p)
     return _torch_functional.dropout(input, dropout_p) if training and dropout_p > 0 else input
-
-
-def _check_probability(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}, must be in [0, 1]")
 
 
 def __getattr__(name: str) -> Any:

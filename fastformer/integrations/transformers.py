@@ -5,7 +5,6 @@ B batch, H query heads, G key and value heads, Sq and Sk lengths, D head_dim, Dv
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastformer import functional as F
-from fastformer import reference
+from fastformer.ops import attention_torch
+from fastformer.ops.attention_torch import Options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,7 +103,8 @@ def attention_forward(
         query: [B, H, Sq, D]; key, value: [B, G, Sk, D] and [B, G, Sk, Dv].
         attention_mask: broadcasts to [B, H, Sq, Sk]: bool (True may attend) or floating point. It says all that there
             is to say about order, window and padding. None: no padding, and a single query sees every key, several
-            are the first ones of the keys and causal or not.
+            are the first ones of the keys and causal or not; or with ``cu_seq_lens_q`` and its like, sequences packed
+            one behind the other.
         position_bias: added to the scores, broadcasts to [B, H, Sq, Sk].
         sliding_window: query i sees no key further than this minus 1; read only where ``attention_mask`` is None.
         softcap: c > 0: scores become c tanh(scores / c).
@@ -117,18 +118,24 @@ def attention_forward(
         gives zeros.
 
     Raises:
-        ValueError: an argument of REFUSED, or packed sequences without a mask or positions that tell them apart.
+        ValueError: an argument of REFUSED, or one that packed sequences don't take.
         TypeError, ValueError: as functional.scaled_dot_product_attention.
     """
     for name, meaning in REFUSED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} asks for {meaning}, which attn_implementation='{NAME}' doesn't have")
     seqlen_q, seqlen_k, hidden = query.shape[2], key.shape[2], 0
+    window = None
     if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         starts = kwargs.get("cu_seq_lens_q")
         if starts is not None and starts.shape[0] > 2:
-            raise ValueError("cu_seq_lens_q holds several sequences: pass position_ids too, which the mask is made of")
-        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            if dropout > 0 or position_bias is not None or output_attentions:
+                raise ValueError(
+                    "cu_seq_lens_q holds several sequences, which take no dropout, position_bias and output_attentions"
+                )
+            features = {"scale": scaling, "is_causal": is_causal, "softcap": softcap, "sinks": s_aux}
+            return _packed(query, key, value, kwargs, sliding_window, **features), None
         is_causal = seqlen_q > 1 and is_causal
         if is_causal and seqlen_k > seqlen_q:
             # An empty static cache: what lies behind the queries is no key yet.
@@ -136,58 +143,41 @@ def attention_forward(
             key, value = key[:, :, :seqlen_k], value[:, :, :seqlen_k]
             position_bias = None if position_bias is None else position_bias[..., :seqlen_k]
         if sliding_window is not None and seqlen_k > sliding_window:
-            left, right = sliding_window - 1, 0 if is_causal else sliding_window - 1
-            attention_mask = reference.window_mask(
-                seqlen_q, seqlen_k, left, right, bottom_right=True, device=query.device
-            )
-            is_causal = False
+            window, is_causal = (sliding_window - 1, 0 if is_causal else sliding_window - 1), False
     else:
         is_causal = False
-    mask = _join(attention_mask, position_bias)
+    mask = attention_mask if position_bias is None else attention_torch.masked(position_bias, attention_mask)
     if output_attentions:
-        weights = _weights(query, key, mask, is_causal, scaling, softcap, s_aux)
-        weights = F.dropout(weights, dropout).to(value.dtype)
-        output = weights @ _repeat(value, query)
+        left, right = (None, None) if window is None else window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        features = {"window_left": left, "window_right": right, "softcap": softcap, "sinks": s_aux}
+        options = Options(scale, is_causal, window is not None, dropout_p=dropout, **features)
+        weights = attention_torch.weigh(query, key, mask, options)[0].to(value.dtype)
+        output = weights @ attention_torch.repeated(value, query)
         weights = F.pad(weights, (0, hidden))
     else:
         weights = None
+        features = {"window": window, "softcap": softcap, "sinks": s_aux}
+        alignment = "top_left" if window is None else "bottom_right"
         output = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal, scaling, enable_gqa=True, softcap=softcap, sinks=s_aux
+            query, key, value, mask, dropout, is_causal, scaling, True, causal_alignment=alignment, **features
         )
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _join(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """One mask of the two."""
-    if mask is None or bias is None:
-        return bias if mask is None else mask
-    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
-
-
-def _weights(
+def _packed(
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None,
+    value: Tensor,
+    lengths: dict[str, Any],
+    sliding_window: int | None,
     is_causal: bool,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    **features: Any,
 ) -> Tensor:
-    """softmax(scaling * query key^T + mask) in float32 at least, [B, H, Sq, Sk]."""
-    scores = query @ _repeat(key, query).mT
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if is_causal:
-        mask = _join(reference.causal_mask(*scores.shape[-2:], device=scores.device), mask)
-    if sinks is None:
-        return F.softmax(scores, -1, mask=mask)
-    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)  # which every query sees
-    mask = None if mask is None else F.pad(mask, (0, 1), value=mask.dtype == torch.bool)
-    return F.softmax(torch.cat([scores, column], dim=-1), -1, mask=mask)[..., :-1]
-
-
-def _repeat(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values, repeated for the query heads that share them: [B, H, Sk, D or Dv]."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) if x.shape[1] != query.shape[1] else x
+    """[1, T, H, Dv] of sequences that lie one behind the other, by the lengths that transformers passes on."""
+    starts = [lengths[name].to(torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    longest = [int(lengths[name]) for name in ("max_length_q", "max_length_k")]
+    side = -1 if sliding_window is None else sliding_window - 1
+    rows = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    window = (side, 0 if is_causal else side)
+    return F.varlen_attn(*rows, *starts, *longest, window_size=window, enable_gqa=True, **features).unsqueeze(0)

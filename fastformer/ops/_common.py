@@ -53,11 +53,33 @@ def check_broadcast(name: str, value: Tensor, shape: Sequence[int]) -> None:
 
 
 def check_finite(name: str, value: float) -> None:
-    """ValueError unless ``value`` is a finite number. Comparisons, because Dynamo traces them and not math.isfinite."""
-    if isinstance(value, str | Sequence) or value is None:
-        raise TypeError(f"{name} is a {type(value).__name__}, must be a number")
-    if not -math.inf < value < math.inf:
+    """TypeError or ValueError unless ``value`` is a finite number."""
+    _check_number(name, value)
+    if not -math.inf < value < math.inf:  # Dynamo traces comparisons and not math.isfinite
         raise ValueError(f"{name} is {value}, must be a finite number")
+
+
+def check_probability(name: str, value: float) -> None:
+    """TypeError or ValueError unless ``value`` is a number from 0 to 1."""
+    _check_number(name, value)
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value}, must be in [0, 1]")
+
+
+def check_flag(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool | torch.SymBool):
+        raise TypeError(f"{name} is a {type(value).__name__}, must be a bool")
+
+
+def is_integer(value: object) -> bool:
+    """Whether it is an int, or stands for one while a graph is being made; a bool is none."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, str | complex | dict | set | Sequence) or value is None:
+        raise TypeError(f"{name} is a {type(value).__name__}, must be a number")
 
 
 # --- choosing
