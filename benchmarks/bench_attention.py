@@ -28,11 +28,11 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             operation="attention",
             shape=f"{batch}x{heads}x{length}x{head_dim} causal",
             dtype=dtype,
-            inputs=partial(_inputs, batch, heads, length, length, head_dim, device, dtype),
+            inputs=partial(attention_inputs, batch, heads, length, length, head_dim, device, dtype),
             ours=partial(functional.scaled_dot_product_attention, is_causal=True),
             reference=partial(_reference, is_causal=True),
             peers=_peers(device, is_causal=True),
-            work=_training_work(batch, heads, length, head_dim, dtype),
+            work=attention_work(batch, heads, length, head_dim, dtype, length * length // 2),
             judged_by="fused",
             compiled="eager" if index == 0 else None,
         )
@@ -41,7 +41,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             operation="attention",
             shape=f"{batch}x{heads}x1x{head_dim}, {length} keys",
             dtype=dtype,
-            inputs=partial(_inputs, batch, heads, 1, length, head_dim, device, dtype),
+            inputs=partial(attention_inputs, batch, heads, 1, length, head_dim, device, dtype),
             ours=functional.scaled_dot_product_attention,
             reference=partial(_reference, is_causal=False),
             peers=_peers(device, is_causal=False),
@@ -50,9 +50,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def _inputs(
+def attention_inputs(
     batch: int, heads: int, seqlen_q: int, seqlen_k: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    """query, key and value of attention with as many heads in each."""
     lengths = {"query": seqlen_q, "key": seqlen_k, "value": seqlen_k}
     return {
         name: torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -89,10 +90,13 @@ def _peers(device: torch.device, *, is_causal: bool) -> dict[str, Function]:
     return peers
 
 
-def _training_work(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:
+def attention_work(
+    batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, visible: int
+) -> dict[str, Work]:
+    """Of training with as many keys as queries; ``visible``: pairs of a query and a key in a head."""
     tensor = batch * heads * length * head_dim * dtype.itemsize
-    # two products of length x length x head_dim (scores, output), 2 FLOPs a term, half of it masked
-    flops = 2 * 2 * batch * heads * length * length * head_dim // 2
+    # two products (scores, output), 2 FLOPs a term
+    flops = 2 * 2 * batch * heads * visible * head_dim
     return {
         # query, key, value read, output written
         FORWARD: Work(bytes=4 * tensor, flops=flops),

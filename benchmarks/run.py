@@ -18,7 +18,9 @@ from . import bench_hugging_face, machine, report
 from .harness import Case, Pace, Row, run_case, timer_for
 
 OPERATIONS = ("softmax", "layer_norm", "attention", "feed_forward", "linear_cross_entropy", "rotary")
-HUGGING_FACE = "hugging_face"  # not in the quick suite
+# Not in the quick suite.
+LONG_OPERATIONS = ("attention_window", "varlen_attn")
+HUGGING_FACE = "hugging_face"
 END_TO_END = "gpt"
 PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,8 +79,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--quick", action="store_true", help="at most 4 minutes on 2 cores (the default)")
     length.add_argument("--thorough", action="store_true", help="ten times as many samples, no time limit")
-    names = (*OPERATIONS, HUGGING_FACE, END_TO_END)
-    metavar = f"OP ({', '.join(names)}; {HUGGING_FACE} runs only if named or with --thorough)"
+    names = (*OPERATIONS, END_TO_END, *LONG_OPERATIONS, HUGGING_FACE)
+    only_named = ", ".join((*LONG_OPERATIONS, HUGGING_FACE))
+    metavar = f"OP ({', '.join((*OPERATIONS, END_TO_END))}; only if named or with --thorough: {only_named})"
     parser.add_argument("--only", action="append", choices=names, metavar="OP", help=f"run this {metavar}; repeatable")
     parser.add_argument("--skip", action="append", choices=names, metavar="OP", default=[], help="leave this out")
     parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); whole models are float32")
@@ -101,10 +104,12 @@ def _run(options: argparse.Namespace) -> report.Results:
         pace = Pace(compile=compiles, row_seconds=5.0, min_rounds=10, max_rounds=1000)
     else:
         pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS)
-    everything = (*OPERATIONS, *([HUGGING_FACE] if options.thorough else []), END_TO_END)
-    wanted = [name for name in options.only or everything if name not in options.skip]
+    long = (*LONG_OPERATIONS, HUGGING_FACE) if options.thorough else ()
+    wanted = [name for name in options.only or (*OPERATIONS, *long, END_TO_END) if name not in options.skip]
     dtypes = [DTYPES[options.dtype]] if options.dtype else list(DTYPES.values())
-    cases = [case for name in OPERATIONS if name in wanted for case in _cases(name, device, dtypes)]
+    cases = [
+        case for name in (*OPERATIONS, *LONG_OPERATIONS) if name in wanted for case in _cases(name, device, dtypes)
+    ]
     expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
     total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
     total += HUGGING_FACE_SECONDS * bench_hugging_face.COUNT if HUGGING_FACE in wanted else 0
