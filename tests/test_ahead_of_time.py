@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPERATIONS = ("attention", "feed_forward", "layer_norm", "linear_cross_entropy", "rotary", "softmax")
+OPERATIONS = (
+    "attention",
+    "attention_decode",
+    "feed_forward",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rotary",
+    "softmax",
+)
 TARGETS = ("sm_80", "sm_90")
 MOST_REGISTERS = 255  # that a thread can have
 MOST_SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from torch.nn.attention import varlen
 
 import fastformer
 import fastformer.functional as F
@@ -13,11 +14,12 @@ from fastformer import nn
 SDPA = "query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False"
 
 
-@pytest.mark.parametrize("name", ["softmax", "layer_norm", "rms_norm", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["softmax", "layer_norm", "rms_norm", "linear_cross_entropy", "varlen_attn"])
 def test_signatures_are_torchs_with_keywords_behind(name: str) -> None:
-    if not hasattr(torch_functional, name):
+    room = varlen if name == "varlen_attn" else torch_functional
+    if not hasattr(room, name):
         pytest.skip(f"torch {torch.__version__} has no {name}")
-    theirs = list(inspect.signature(getattr(torch_functional, name)).parameters.values())
+    theirs = list(inspect.signature(getattr(room, name)).parameters.values())
     ours = list(inspect.signature(getattr(F, name)).parameters.values())
     for mine, torchs in zip(ours, theirs):
         assert (mine.name, mine.kind, mine.default) == (torchs.name, torchs.kind, torchs.default)
@@ -68,12 +70,12 @@ print(seconds)
 def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose checks are the kernels' own; anything unusual is checked the careful way, as the tests of errors show."""
     from fastformer import backends
-    from fastformer.ops import attention, feed_forward, layer_norm, rotary, softmax
+    from fastformer.ops import feed_forward, layer_norm, rotary, scaled_dot_product_attention, softmax
 
     def careful(*args: object) -> None:
         raise AssertionError("checked the careful way")
 
-    for operation in (attention, feed_forward, layer_norm, rotary, softmax):
+    for operation in (feed_forward, layer_norm, rotary, scaled_dot_product_attention, softmax):
         monkeypatch.setattr(operation, "_check", careful)
     x, row, head = torch.randn(2, 3, 4, 8), torch.ones(8), torch.randn(4, 4)
     matrix = torch.randn(8, 8)

@@ -291,7 +291,22 @@ def test_attention_forward(lengths: tuple[int, int], arguments: dict, visible: T
         assert actual_weights is None
 
 
-@pytest.mark.parametrize("argument", [*REFUSED, "cu_seq_lens_q"])
+@pytest.mark.parametrize("arguments", [{}, {"sliding_window": 2}, {"is_causal": False, "softcap": 2.0}])
+def test_packed_sequences(arguments: dict) -> None:
+    query, key, value = (x[:1] for x in heads(7, 7, 7))
+    starts = torch.tensor([0, 3, 3, 7])
+    packed = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
+        ("max_length_q", "max_length_k"), 4
+    )
+    actual, _ = attention_forward(Module(is_causal=True), query, key, value, None, **arguments, **packed)
+    parts = [[x[:, :, begin:end] for x in (query, key, value)] for begin, end in ((0, 3), (3, 7))]
+    alone = [attention_forward(Module(is_causal=True), *part, None, **arguments)[0] for part in parts]
+    assert_close(actual, torch.cat(alone, 1), "output")
+    with pytest.raises(ValueError, match="cu_seq_lens_q holds several sequences, which take no dropout"):
+        attention_forward(Module(is_causal=True), query, key, value, None, 0.1, **arguments, **packed)
+
+
+@pytest.mark.parametrize("argument", REFUSED)
 def test_an_argument_that_it_cannot_honour_is_refused(argument: str) -> None:
     query, key, value = heads(3, 3, 3)
     with pytest.raises(ValueError, match=argument):

@@ -75,6 +75,15 @@ def angles(length: int) -> Tensor:
     return torch.randn(length, C // H // 2)
 
 
+def packed(length: int) -> Tensor:
+    return torch.randn(B * length, H, C // H)
+
+
+def starts(length: int) -> Tensor:
+    """Of three sequences, the second one empty; the last row is no sequence's."""
+    return torch.tensor([0, length + 2, length + 2, B * length - 1], dtype=torch.int32)
+
+
 def function(name: str, call: Callable[..., Any], *makers: Callable[[int], Tensor], **fields: tuple[int, ...]) -> Row:
     return Row(name, lambda: call, lambda n: [make(n) for make in makers], **fields)
 
@@ -89,6 +98,14 @@ def sdpa(**options: Any) -> Callable[..., Any]:
 
 def attention_with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, sinks=sinks, return_lse=True)
+
+
+def attention_with_alibi(query: Tensor, key: Tensor, value: Tensor, slopes: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, alibi_slopes=slopes)
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seq: Tensor) -> Tensor:
+    return F.varlen_attn(query, key, value, cu_seq, cu_seq, 64, 64, is_causal=True)
 
 
 LAYER = {"dim_feedforward": HIDDEN, "dropout": 0.0, "activation": "gelu", "batch_first": True}
@@ -106,6 +123,11 @@ FUNCTIONS = [
     function("attention, masked", sdpa(), heads, heads, heads, visible),
     function("attention, window", sdpa(is_causal=True, window=(3, 0)), heads, heads, heads),
     function("attention, sinks", attention_with_sinks, heads, heads, heads, lambda _: torch.randn(H), shared=(3,)),
+    function(
+        "attention, ALiBi", attention_with_alibi, heads, heads, heads, lambda _: torch.rand(H), shared=(3,), fixed=(3,)
+    ),
+    function("attention, dropout", sdpa(dropout_p=0.4), heads, heads, heads),
+    function("varlen_attn", packed_attention, packed, packed, packed, starts, shared=(3,)),
     function(
         "feed_forward",
         lambda x, w1, b1, w2, b2: F.feed_forward(x, w1, b1, w2, b2),
@@ -171,6 +193,15 @@ COLUMNS: dict[str, Callable[[Row], None]] = {}
 HOLES: dict[tuple[str, str], str] = {
     **{(row.name, "functional_call"): "a function has no parameters of its own" for row in FUNCTIONS},
     **{(row.name, "pickle"): "a function is pickled by its name" for row in FUNCTIONS},
+    **{
+        ("attention, dropout", column): "torch, compiled code and transformed functions don't drop the same weights"
+        for column in ("eager", "compile", "autocast", "grad_scaler", "vmap", "func_grad", "subclass")
+    },
+    **{
+        ("varlen_attn", column): "without a kernel the lengths are read, which a graph can't"
+        for column in ("compile", "fake")
+        if KERNEL == "torch"
+    },
 }
 
 
@@ -189,6 +220,7 @@ def leaves_of(row: Row, inputs: list[Tensor]) -> list[Tensor]:
 def run(row: Row, call: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, gradients of the inputs and of a module's parameters), for cotangents that depend on shapes alone."""
     leaves = leaves_of(row, inputs)
+    torch.manual_seed(1)  # of dropout
     outputs = flatten(call(*leaves, **row.options))
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
