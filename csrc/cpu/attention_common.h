@@ -57,11 +57,9 @@ struct AttentionOptions {
   std::optional<double> softcap;
   std::optional<int64_t> window_left, window_right;
   std::optional<Tensor> alibi_slopes, sinks;
-  double dropout_p = 0.0;
-  std::optional<Tensor> dropout_state;
-  std::optional<Tensor> cu_seqlens_q, cu_seqlens_k, seqused_k;
-  std::optional<Tensor> block_table{};
-  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+  double dropout_p;
+  std::optional<Tensor> dropout_state, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table;
+  int64_t max_seqlen_q, max_seqlen_k;
 
   bool packed_or_paged() const {
     return cu_seqlens_q.has_value() || cu_seqlens_k.has_value() || seqused_k.has_value() || block_table.has_value();

@@ -217,7 +217,7 @@ void pack_key_block(const Attention& a, const Sequence& s, int64_t kv_head, int6
   });
 }
 
-// One block of queries against those of the keys [first, end) that it sees and a mask shows, which are packed.
+// One block of queries against those of the keys from `first` on that a mask shows; they are packed from first_key on.
 template <typename Unit>
 void attend_to_keys(const Attention& a, const Sequence& s, const QueryBlock& q, int64_t first_key, int64_t first,
                     const Shown& shown, const Running<Unit>& r, const Workspace<Unit>& w) {

@@ -115,7 +115,7 @@ FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, const 
   return fade;
 }
 
-// One query against keys [first, first + shown.to) of those that it sees.
+// One query against those of the keys from `first` on, all of which it sees, that a mask shows.
 template <typename T>
 void attend_to_keys(const Attention& a, const Sequence& s, const QueryBlock& q, int64_t kv_head, int64_t first,
                     const Shown& shown, const float* query, const State& state) {
