@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from fastformer import functional, reference
 
 from .harness import FORWARD, TRAINING, Case, Work
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # (query heads, key heads, head_dim), lengths of the sequences
 PACKED = {
@@ -120,7 +122,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return reference.attention(query, key, value, is_causal=True, bottom_right=True)[0]
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, *, lengths: tuple[int, ...], attend: object) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, *, lengths: tuple[int, ...], attend: Attend) -> Tensor:
     """A call for each sequence."""
     parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (query, key, value)))
     return torch.cat([attend(*part) for part in parts], 2).squeeze(0).transpose(0, 1)
@@ -136,7 +138,7 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, *, lengths: tuple[int, ..
 
 
 def _gathered(
-    query: Tensor, key: Tensor, value: Tensor, *, table: Tensor, used: tuple[int, ...], attend: object
+    query: Tensor, key: Tensor, value: Tensor, *, table: Tensor, used: tuple[int, ...], attend: Attend
 ) -> Tensor:
     """A call for each sequence, on its gathered pages."""
     outputs = []

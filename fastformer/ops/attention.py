@@ -46,7 +46,8 @@ def attention(
         if options.packed:
             packed = attention_torch.composed if lacks or unsupported else attention_torch.varlen
             return packed(query, key, value, mask, options)
-        if return_lse or options.softcap is not None or options.sinks is not None or _is_wider(mask, query):
+        extras = (options.softcap, options.alibi_slopes, options.sinks)
+        if return_lse or any(extra is not None for extra in extras) or _is_wider(mask, query):
             return attention_torch.composed(query, key, value, mask, options)
         return attention_torch.fused(query, key, value, mask, options), None
     if options.dropout_p > 0:
@@ -108,8 +109,8 @@ def _torch_lacks(
 
 
 def _is_wider(mask: Tensor | None, query: Tensor) -> bool:
-    """Whether the mask has digits that the query's dtype has not; torch's CUDA kernels want one dtype."""
-    return mask is not None and mask.dtype not in (torch.bool, query.dtype)
+    """Whether the mask has digits that the query's dtype has not, which torch's own function takes on CPUs only."""
+    return mask is not None and mask.dtype not in (torch.bool, query.dtype) and not query.is_cpu
 
 
 def _draw(device: torch.device) -> Tensor:
@@ -177,10 +178,13 @@ _TENSOR_OPTIONS = (
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     options = Options(*inputs[4:])
+    tensors = [getattr(options, name) for name in _TENSOR_OPTIONS]
+    if any(tensor is not None for tensor in tensors):  # to replace nothing would take 2 us of a call's 14
+        options = options._replace(**dict.fromkeys(_TENSOR_OPTIONS))
+    ctx.options = options
     ctx.backend = backends.requested()
     ctx.set_materialize_grads(False)
-    ctx.options = options._replace(**dict.fromkeys(_TENSOR_OPTIONS))
-    ctx.save_for_backward(*inputs[:4], *output, *(getattr(options, name) for name in _TENSOR_OPTIONS))
+    ctx.save_for_backward(*inputs[:4], *output, *tensors)
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:

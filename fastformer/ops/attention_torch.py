@@ -58,13 +58,48 @@ Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Options, int], tu
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     """torch's scaled_dot_product_attention on dense tensors, except that a row with nothing to attend to gives zeros.
 
-    The window and ALiBi become parts of the mask. It has no softcap and no sinks.
+    The window becomes a part of the mask. It has no softcap, no ALiBi and no sinks.
     """
+    # torch's kernel for CPUs, which does not do dropout, has no gradients of gradients.
+    lacking = query.is_cpu and options.dropout_p == 0 and _common.ordinary(query, key, value, mask)
+    if lacking and _common.needs_grad(query, key, value, mask):
+        return _TwiceDifferentiable.apply(query, key, value, mask, options)
+    return _fused(query, key, value, mask, options)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """``_fused`` with its own gradients, whose gradients are those of ``composed``."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+        tensors = (query, key, value, mask)
+        ctx.options = options
+        ctx.save_for_backward(*tensors)
+        ctx.leaves = [x.detach().requires_grad_() if wanted else x for x, wanted in zip(tensors, ctx.needs_input_grad)]
+        with torch.enable_grad():
+            ctx.output = _fused(*ctx.leaves, options)
+        return ctx.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # an error, if one was changed meanwhile
+        if torch.is_grad_enabled():
+
+            def output(*tensors: Tensor | None) -> Tensor:
+                return composed(*tensors, ctx.options)[0]
+
+            return *_common.differentiable_vjp(output, tensors, (grad_output,)), None
+        wanted = [x for x, needed in zip(ctx.leaves, ctx.needs_input_grad) if needed]
+        found = iter(torch.autograd.grad(ctx.output, wanted, grad_output, retain_graph=True))
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     gqa = query.shape[1:2] != key.shape[1:2]  # of symbolic sizes too this is a bool
     seqlen_q, seqlen_k = query.shape[2], key.shape[2]
     left, right = options.window()
     aligned = not options.bottom_right and left is None and right in (None, 0)
-    if mask is None and aligned and options.alibi_slopes is None and seqlen_k > 0:
+    if mask is None and aligned and seqlen_k > 0:
         return torch_functional.scaled_dot_product_attention(
             query, key, value, None, options.dropout_p, right == 0, scale=options.scale, enable_gqa=gqa
         )
@@ -74,8 +109,6 @@ def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, option
         allowed = reference.window_mask(
             seqlen_q, seqlen_k, left, right, bottom_right=options.bottom_right, device=query.device
         )
-    if options.alibi_slopes is not None:
-        mask = with_alibi(mask, options.alibi_slopes, seqlen_q, seqlen_k, options.bottom_right)
     if mask is not None:
         allowed = allowed & (mask if mask.dtype == torch.bool else mask != -math.inf)
     empty = ~allowed.any(-1, keepdim=True)
@@ -86,11 +119,6 @@ def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, option
         query, key, value, mask, options.dropout_p, scale=options.scale, enable_gqa=gqa
     )
     return output.masked_fill(empty, 0.0)
-
-
-def with_alibi(mask: Tensor | None, slopes: Tensor, seqlen_q: int, seqlen_k: int, bottom_right: bool) -> Tensor:
-    """The mask with ALiBi's bias added, differentiable by the slopes."""
-    return masked(reference.alibi_bias(slopes, seqlen_q, seqlen_k, bottom_right=bottom_right), mask)
 
 
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:

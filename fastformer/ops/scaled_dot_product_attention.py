@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastformer import backends
+from fastformer import backends, reference
 from fastformer.ops import _common, attention_torch
 from fastformer.ops.attention import CAUSAL_AND_MASK, MAX_WIDTH, attention, forward
 from fastformer.ops.attention_torch import Options
@@ -42,6 +44,8 @@ def scaled_dot_product_attention(
                 return output
         except _common.CAUGHT:
             pass  # see _common.ordinary
+    if (bias := _causal_bias(attn_mask)) is not None:
+        attn_mask, is_causal, causal_alignment = None, True, _aligned(bias, query, key, is_causal)
     _check(query, key, value, attn_mask)
     _common.check_probability("dropout_p", dropout_p)
     if causal_alignment not in ("top_left", "bottom_right"):
@@ -66,8 +70,8 @@ def scaled_dot_product_attention(
     bottom_right = causal_alignment == "bottom_right"
     if alibi_slopes is not None and _common.needs_grad(alibi_slopes):  # the mask has a gradient already
         slopes = alibi_slopes.to(torch.promote_types(alibi_slopes.dtype, torch.float32))
-        lengths = query.shape[-2], key.shape[-2]
-        attn_mask, alibi_slopes = attention_torch.with_alibi(attn_mask, slopes, *lengths, bottom_right), None
+        bias = reference.alibi_bias(slopes, query.shape[-2], key.shape[-2], bottom_right=bottom_right)
+        attn_mask, alibi_slopes = attention_torch.masked(bias, attn_mask), None
     options = Options(
         scale=1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
         is_causal=is_causal,
@@ -85,6 +89,22 @@ def scaled_dot_product_attention(
     elif len(leading) > 1:
         output, lse = (x.unflatten(0, leading) if x is not None else None for x in (output, lse))
     return (output, lse) if return_lse else output
+
+
+def _causal_bias(mask: object) -> Any:
+    """The mask if it is one of torch.nn.attention.bias, which hold no elements, else None."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return mask if module is not None and isinstance(mask, module.CausalBias) else None
+
+
+def _aligned(bias: Any, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """The causal_alignment that the bias stands for."""
+    lengths = query.shape[-2], key.shape[-2]
+    if (bias.seq_len_q, bias.seq_len_kv) != lengths:
+        raise ValueError(f"attn_mask is for {bias.seq_len_q} queries and {bias.seq_len_kv} keys, must be for {lengths}")
+    if is_causal:
+        raise ValueError("is_causal is True, must be False with a causal bias as attn_mask")
+    return "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
 
 
 def _ordinary(
@@ -114,7 +134,7 @@ def _ordinary(
     kernel = backends.choose("attention", key, torch_lacks=lacks, record=record)
     if kernel == "cpu":
         return forward(record, query, key, value, mask, scale, is_causal, False)[0]
-    if kernel == "torch" and mask is None and seqlen_k > 0:
+    if kernel == "torch" and mask is None and seqlen_k > 0 and not (record and query.dtype == torch.float64):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=heads != kv_heads
         )
