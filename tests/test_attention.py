@@ -14,8 +14,15 @@ import fastformer
 import fastformer.functional as F
 
 
-def torchs(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-    """torch's own attention, and a log-sum-exp from its float32 functions."""
+def torchs(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """torch's own attention, and a log-sum-exp from its float32 functions.
+
+    Added masks have the query's dtype: with float32 ones torch computes in float32, and keeps the weights in it.
+    """
+    mask = mask.to(query.dtype) if mask is not None and mask.dtype != torch.bool else mask
+    tensors = (query, key, value, mask)
     return attend(*tensors, **options, return_lse=False), attend(*tensors, **options)[1]
 
 

@@ -110,3 +110,20 @@ def test_a_training_step_with_a_gradient_penalty() -> None:
 
     for mine, theirs in zip(trained("cpu"), trained("torch")):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_own_function_has_gradients_of_gradients_too(masked: bool) -> None:
+    """In float64, which our kernels don't have, and torch's kernel for CPUs alone has none."""
+    tensors = [torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    tensors += [torch.randn(4, 4, dtype=torch.float64, requires_grad=True)] if masked else []
+    assert torch.autograd.gradcheck(F.scaled_dot_product_attention, tensors)
+    assert torch.autograd.gradgradcheck(F.scaled_dot_product_attention, tensors)
+    (mine,) = torch.autograd.grad(F.scaled_dot_product_attention(*tensors).square().sum(), tensors[0])
+    theirs = torch.nn.functional.scaled_dot_product_attention(*tensors)
+    assert torch.equal(mine, torch.autograd.grad(theirs.square().sum(), tensors[0])[0])
+    changed = F.scaled_dot_product_attention(*tensors)
+    with torch.no_grad():
+        tensors[1] += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed.sum().backward()

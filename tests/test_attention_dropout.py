@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_support import Case, attend, check_case, composed, drawing, exact, inputs, on_fast_kernels
-from support import TARGETS, Target, check, on_kernels, tensor
+from support import TARGETS, Target, check, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -144,10 +144,13 @@ def test_the_lse_is_that_without_dropout(target: Target) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-def test_nothing_and_everything_dropped(p: float) -> None:
-    x = torch.randn(1, 2, 5, 8, requires_grad=True)
-    output = F.scaled_dot_product_attention(x, x, x, dropout_p=p, is_causal=True, window=(3, 0))
-    plain = F.scaled_dot_product_attention(x, x, x, is_causal=True, window=(3, 0))
-    torch.testing.assert_close(output, plain * (1 - p))
-    (grad,) = torch.autograd.grad(output.sum(), x)
-    torch.testing.assert_close(grad, torch.autograd.grad(plain.sum(), x)[0] * (1 - p))
+@on_targets
+def test_nothing_and_everything_dropped(target: Target, p: float) -> None:
+    x = tensor(target, 1, 2, 5, 8).requires_grad_()
+    with fastformer.backend(target.backend):
+        output, lse = F.scaled_dot_product_attention(x, x, x, dropout_p=p, is_causal=True, return_lse=True)
+        plain, plain_lse = F.scaled_dot_product_attention(x, x, x, is_causal=True, return_lse=True)
+        torch.testing.assert_close(output, plain * (1 - p))
+        assert torch.equal(lse, plain_lse)
+        (grad,) = torch.autograd.grad(output.sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(plain.sum(), x)[0] * (1 - p))

@@ -2,14 +2,27 @@
 
 import itertools
 import math
+import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from attention_support import FAST_TARGETS, MASKS, Case, check_case, check_tensors, on_fast_kernels, without_chance
+from attention_support import (
+    FAST_TARGETS,
+    MASKS,
+    Case,
+    attend,
+    check_case,
+    check_tensors,
+    composed,
+    exact,
+    on_fast_kernels,
+    without_chance,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, TARGETS, Target, on_kernels, tensor
+from support import LAYOUTS, TARGETS, Target, check, on_kernels, on_targets, tensor
 from torch import Tensor
 
 import fastformer
@@ -199,9 +212,36 @@ def test_a_row_without_keys_and_without_a_sink_gives_zeros() -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@on_targets
+def test_a_window_beyond_every_key_is_none(target: Target) -> None:
+    query, key, value = (tensor(target, 1, 2, length, 8) for length in (5, 7, 7))
+    with fastformer.backend(target.backend):
+        plain, left, both = (
+            attend(query, key, value, window=window, causal_alignment="bottom_right")
+            for window in (None, (sys.maxsize, None), (2**31, 2**70))
+        )
+    torch.testing.assert_close(left, plain)
+    torch.testing.assert_close(both, plain)
+
+
+@on_targets
+def test_masks_wider_than_the_query(target: Target) -> None:
+    """float32 masks are added in float32: their digits, and the range that float16 lacks."""
+    query, key, value = (tensor(target, 1, 2, 6, 8) for _ in range(3))
+    for shift in (100.0, -300.0, torch.finfo(torch.float32).min):
+        mask = (torch.randn(6, 6) + shift).to(target.device)
+        ways = (partial(way, attn_mask=mask, return_lse=False) for way in (attend, composed, exact))
+        check(target, *ways, [query, key, value], grad=False)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
+        ({"is_causal": "yes"}, TypeError, "is_causal is a str, must be a bool"),
+        ({"is_causal": None}, TypeError, "is_causal is a NoneType"),
+        ({"dropout_p": None}, TypeError, "dropout_p is a NoneType, must be a number"),
+        ({"dropout_p": math.nan}, ValueError, r"dropout_p is nan, must be in \[0, 1\]"),
+        ({"scale": 1j}, TypeError, "scale is a complex, must be a number"),
         ({"window": (True, None)}, ValueError, r"window is \(True, None\)"),
         ({"window": 3}, ValueError, "window is 3, must be"),
         ({"window": (1, -2)}, ValueError, r"window is \(1, -2\)"),

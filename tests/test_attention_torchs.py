@@ -10,6 +10,7 @@ import torch.nn.functional as torch_functional
 from attention_support import without_chance
 from support import Target, check, needs_library, tensor
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fastformer
 import fastformer.functional as F
@@ -175,3 +176,20 @@ def test_a_sequence_of_queries_that_see_nothing_gives_zeros() -> None:
     theirs = torch_functional.scaled_dot_product_attention(query, key, value, mask)
     assert (ours[1] == 0).all()
     torch.testing.assert_close(ours, theirs)
+
+
+@on_backends
+@pytest.mark.parametrize("kind", [causal_upper_left, causal_lower_right])
+def test_causal_biases(target: Target, kind: Callable[[int, int], Tensor]) -> None:
+    query, key, value = drawn(target, N, H)
+    with fastformer.backend(target.backend):
+        ours = F.scaled_dot_product_attention(query, key, value, kind(L, S))
+        alignment = "top_left" if kind is causal_upper_left else "bottom_right"
+        aligned = F.scaled_dot_product_attention(query, key, value, is_causal=True, causal_alignment=alignment)
+    assert torch.equal(ours, aligned)
+    theirs = torch_functional.scaled_dot_product_attention(query, key, value, kind(L, S))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * torch.finfo(target.dtype).eps)
+    with pytest.raises(ValueError, match=f"attn_mask is for {L} queries and {L} keys, must be for"):
+        F.scaled_dot_product_attention(query, key, value, kind(L, L))
+    with pytest.raises(ValueError, match="is_causal is True, must be False"):
+        F.scaled_dot_product_attention(query, key, value, kind(L, S), is_causal=True)

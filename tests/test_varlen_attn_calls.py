@@ -2,16 +2,22 @@
 
 import inspect
 import math
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from packed_support import LSE, Packed, Problem, on_fewer_targets
 from support import KERNEL, KERNEL_TARGETS, Target, needs_library, on_kernels
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest
 
 import fastformer
 import fastformer.functional as F
+from fastformer.ops import attention_torch
+from fastformer.ops.attention_torch import Options
 
 H, G, D = 4, 2, 8
 CU = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
@@ -80,6 +86,25 @@ def test_double_backward(target: Target, paged: bool) -> None:
     for mine, exact in zip(ours, penalty(True), strict=True):
         scale = exact.abs().max().item()
         torch.testing.assert_close(mine.double() / scale, exact / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_pages_that_many_sequences_share(count: int) -> None:
+    """Their gradients are added up in one order."""
+    cu, used = torch.arange(65, dtype=torch.int32), torch.full((64,), 128, dtype=torch.int32)
+    query, table = torch.randn(64, 2, 64), torch.zeros(64, 8, dtype=torch.int32)
+    pool = [torch.randn(40, 16, 2, 64, requires_grad=True) for _ in range(2)]
+    factors = torch.randn(64, 2, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        results = []
+        for _ in range(3):
+            output = F.varlen_attn(query, *pool, cu, None, 1, 128, seqused_k=used, block_table=table)
+            results.append(torch.autograd.grad((output * factors).sum(), pool))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("target", [target for target in KERNEL_TARGETS if target.backend == "cpu"], ids=str)
@@ -176,6 +201,60 @@ def test_nothing_to_do() -> None:
     assert headless.shape == (9, 0, 6)
 
 
+@on_fewer_targets
+def test_no_sequences(target: Target) -> None:
+    query, key, value = (x.detach().to(target.device, target.dtype).requires_grad_() for x in tensors())
+    none = torch.zeros(1, dtype=torch.int32, device=target.device)
+    slopes = torch.zeros(0, H, device=target.device)
+    with fastformer.backend(target.backend):
+        options = {"alibi_slopes": slopes, "return_aux": LSE, "enable_gqa": True}
+        output, lse = F.varlen_attn(query, key, value, none, none, 0, 0, **options)
+        (grad,) = torch.autograd.grad(output.sum(), query)
+    assert output.dtype == target.dtype and not output.any() and not grad.any()
+    assert lse.dtype == torch.float32 and (lse == -math.inf).all()
+
+
+def test_what_torchs_own_leaves_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs torch's varlen_attn leaves rows of no sequence as they are in memory, in gradients too, and gives rows
+    without keys an lse of infinity."""
+
+    def stays(x: Tensor, first: int) -> Tensor:
+        x = torch.cat((x[:first], torch.full_like(x[first:], math.nan)))
+        return x.clone()
+
+    class Torchs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            return stays(query, 9), torch.full((H, 11), math.inf)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor, ...]:
+            assert not grad_output[9:].any()
+            return stays(grad_output, 9), *(stays(torch.ones(14, H, D), 12) for _ in range(2))
+
+    def varlen_attn(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return Torchs.apply(query, key, value)
+
+    module = SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)
+    monkeypatch.setattr(attention_torch, "_torch_varlen", lambda: module)
+    rows = [torch.randn(count, H, D, requires_grad=True) for count in (11, 14, 14)]
+    options = Options(1.0, cu_seqlens_q=CU, cu_seqlens_k=CU_K, max_seqlen_q=6, max_seqlen_k=5)
+    output, lse = attention_torch.varlen(*(x.transpose(0, 1).unsqueeze(0) for x in rows), None, options)
+    grads = torch.autograd.grad(output.sum(), rows)
+    assert (lse == -math.inf).all() and not output[:, :, 9:].any()
+    for grad, used in zip(grads, (9, 12, 12)):
+        assert grad[:used].all() and not grad[used:].any()
+
+
+def test_when_torchs_own_is_not_enough() -> None:
+    """Its lse has no gradient, which it does not say."""
+    query, key, value = (torch.empty(1, H, 9, D, dtype=torch.half, device="meta") for _ in range(3))
+    with mock.patch.object(Tensor, "device", SimpleNamespace(type="cuda")):
+        lacks = partial(attention_torch.varlen_lacks, query, key, value, Options(1.0))
+        assert lacks(return_lse=True, record=True) == "gradient of the log-sum-exp"
+        assert not lacks(return_lse=True, record=False) and not lacks(return_lse=False, record=True)
+
+
 # --- arguments that don't fit
 
 X = torch.zeros(9, 2, 4)
@@ -228,6 +307,7 @@ PAGED = {"key": POOL, "value": POOL, "block_table": TABLE, "seqused_k": LENGTHS,
         (ValueError, r"window_size is \(-2, 0\)", {"window_size": (-2, 0)}),
         (ValueError, r"window_size is \(None, 0\)", {"window_size": (None, 0)}),
         (ValueError, r"window_size is \(1, 2, 3\)", {"window_size": (1, 2, 3)}),
+        (TypeError, "is_causal is a str, must be a bool", {"is_causal": "yes"}),
         (TypeError, "seqused_k has dtype torch.int64", {"seqused_k": LENGTHS.long()}),
         (ValueError, r"seqused_k has shape \(2,\), must be \(3,\)", {"seqused_k": LENGTHS[:2]}),
         (ValueError, r"seqused_k is \[4, 1, 7\], must be from 0 to \[3, 0, 6\]", {"seqused_k": LENGTHS + 1}),
@@ -257,7 +337,7 @@ def test_errors(error: type[Exception], words: str, changes: dict[str, Any]) -> 
 def test_every_argument_has_an_error() -> None:
     marks = next(mark for mark in test_errors.pytestmark if mark.name == "parametrize")
     named = {words.split()[0] for _, words, _ in marks.args[1]}
-    assert named == inspect.signature(F.varlen_attn).parameters.keys() - {"enable_gqa", "is_causal"}
+    assert named == inspect.signature(F.varlen_attn).parameters.keys() - {"enable_gqa"}
 
 
 def test_the_arguments_of_the_table_of_errors_fit() -> None:

@@ -41,7 +41,7 @@ def finish_rows(peak, total, sink, kept_scale):
     return factor / tl.where(total == 0.0, 1.0, total), peak + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "query_rows", "parts"])
 def attention_combine_kernel(
     partial_output,  # [parts, N, Dv] float32; rows whose peak is -inf were not written
     partial_peak,  # [parts, N] float32

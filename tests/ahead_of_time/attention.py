@@ -8,6 +8,7 @@ from fastformer.triton_kernels import attention_tiles as tiles
 from fastformer.triton_kernels import attention_visible as visible
 
 from . import Case
+from .feed_forward import signature
 
 KERNELS = {
     "forward": forward.attention_forward_kernel,
@@ -69,8 +70,6 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str = "non
     if mask != "none":
         constants["mask_stride_k"] = 1  # a dense mask's
     constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in types}
-    signature = {name: types.get(name, "i32:16") for name in kernel.arg_names}
-    signature |= dict.fromkeys(constants, "constexpr")
     options = tiles.launch_options(tile, BYTES[dtype], "softcap" in features, kind == "dq" and width > 64)
     options = {name: value for name, value in options.items() if name not in constants}
     label = " ".join(features).replace(" ".join(EVERYTHING[:-1]), "everything")
@@ -79,7 +78,7 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str = "non
     rows = tile.block_k if kind == "dkdv" else tile.block_q
     uses = "wgmma" if architecture == "sm_90" and BYTES[dtype] == 2 and rows >= 64 else ""
     thorough = _thorough(width, dtype, mask, features)
-    return Case(name, kernel, signature, constants, options, uses, thorough=thorough)
+    return Case(name, kernel, signature(kernel, types, constants), constants, options, uses, thorough=thorough)
 
 
 def _thorough(width: int, dtype: str, mask: str, features: tuple[str, ...]) -> bool:
@@ -126,8 +125,7 @@ def _delta_case() -> Case:
     kernel = backward.attention_delta_kernel
     types = {"grad_output": "*bf16", "output": "*bf16", "grad_lse": "*fp32", "lse": "*fp32", "delta": "*fp32"}
     constants = {"VALUE_DIM": 256, "BLOCK_DV": 256, "BLOCK_Q": backward.DELTA_ROWS}
-    signature = {name: types.get(name, "i32:16") for name in kernel.arg_names} | {"heads": "i32"}
-    return Case("delta bf16 256", kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+    return Case("delta bf16 256", kernel, signature(kernel, types | {"heads": "i32"}, constants), constants)
 
 
 def _list_case(architecture: str, kind: str) -> Case:
@@ -136,5 +134,5 @@ def _list_case(architecture: str, kind: str) -> Case:
     constants = {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "TRANSPOSED": kind == "dkdv", "mask_stride_k": 1}
     types = {"mask": "*u8", "tiles": "*i32", "heads": "i32", "offset": "i32"}
     types |= {"window_left": "i32", "window_right": "i32"}
-    signature = {name: types.get(name, "i32:16") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    return Case(f"list tiles of {kind}", kernel, signature, constants, {"num_warps": visible.LIST_WARPS}, thorough=True)
+    types = signature(kernel, types, constants)
+    return Case(f"list tiles of {kind}", kernel, types, constants, {"num_warps": visible.LIST_WARPS}, thorough=True)

@@ -6,6 +6,7 @@ from fastformer.triton_kernels import attention_combine as combine
 from fastformer.triton_kernels import attention_decode as decode
 
 from . import Case
+from .feed_forward import signature
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MASKS = {"none": "constexpr", "bool": "*u8", "additive": "*fp32"}
@@ -53,10 +54,10 @@ def _case(
     constants |= dict.fromkeys(OPTIONAL.keys() - given)
     constants |= {"mask": None} if mask == "none" else {"mask_stride_k": 1}
     kernel = decode.attention_decode_kernel
-    signature = {x: types.get(x, "i32:16") for x in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
     # What has less is much like something with more.
     thorough = name in ("plain", "packed") or width == 64 or (dtype == "fp32" and width == 128)
-    return Case(f"{name} {dtype} {width} rows {tile.block_r}", kernel, signature, constants, options, thorough=thorough)
+    types = signature(kernel, types, constants)
+    return Case(f"{name} {dtype} {width} rows {tile.block_r}", kernel, types, constants, options, thorough=thorough)
 
 
 def cases(target) -> list[Case]:
@@ -85,5 +86,5 @@ def cases(target) -> list[Case]:
         "kept_scale": "fp32",
     } | PARTIAL
     constants = {"VALUE_DIM": 256, "BLOCK_DV": 256, "BLOCK_PARTS": combine.PARTS_AT_ONCE}
-    signature = {x: types.get(x, "i32") for x in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
-    return [*found, Case("combine bf16 256", kernel, signature, constants)]
+    types |= {"heads": "i32"}
+    return [*found, Case("combine bf16 256", kernel, signature(kernel, types, constants), constants)]
