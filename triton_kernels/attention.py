@@ -16,7 +16,6 @@ from .attention_arguments import chosen_tiles, needs_pointers, shared_arguments,
 from .attention_backward import attention_backward
 from .attention_decode import attention_decode
 from .attention_tiles import (
-    LENGTHS,
     LOG2E,
     add_biases,
     cap_scores,
@@ -143,7 +142,7 @@ def _attend(
     return accumulator, peak, total
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def attention_forward_kernel(
     query,  # [B, H, Sq, D], or [1, H, Tq, D] if packed; like key and value a pointer or a tensor descriptor
     key,  # [B, G, Sk, D], [1, G, Tk, D] if packed, or [pages, G, PAGE_SIZE, D]

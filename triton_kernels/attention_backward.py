@@ -45,7 +45,7 @@ from .attention_tiles import (
 DELTA_ROWS = 64  # queries a program of attention_delta_kernel takes
 
 
-@triton.jit(do_not_specialize=["seqlen_q"])
+@triton.jit
 def attention_delta_kernel(
     grad_output,  # [B, H, Sq, Dv]
     output,  # [B, H, Sq, Dv]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attention_arguments import crowded, shared_arguments, stride_arguments
 from .attention_combine import combine_parts, finish_rows, row_offsets
-from .attention_tiles import LENGTHS, LOG2E, architecture, cap_scores, empty_heads, padded_width, within_reach
+from .attention_tiles import LOG2E, architecture, cap_scores, empty_heads, padded_width, within_reach
 from .attention_visible import sequence
 from .common import finite_peak, multiprocessors, unit_stride
 from .philox import kept_weights
@@ -229,7 +229,8 @@ def _store_rows(
     tl.store(lse + (batch * heads + row_heads) * seqlen + rows, row_lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "batches", "row_tiles", "parts", "results"])
+# A server has other counts at each step, and Triton compiles for multiples of 16, and for 1, in all combinations.
+@triton.jit(do_not_specialize=["batches", "query_rows", "row_tiles", "parts", "results"])
 def attention_decode_kernel(
     query,  # [B, H, Sq, D], or [1, H, Tq, D] if packed
     key,  # [B, G, Sk, D], [1, G, Tk, D] if packed, or [pages, G, PAGE_SIZE, D]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tiles import LENGTHS, LOG2E, add_biases, cap_scores, load_rows, store_rows
+from .attention_tiles import LOG2E, add_biases, cap_scores, load_rows, store_rows
 from .attention_visible import places, sequence, tile_range, tiles_row, visible_places
 from .philox import kept_weights
 
@@ -116,7 +116,7 @@ def _sum_over_queries(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit
 def attention_dkdv_kernel(
     grad_output,  # [B, H, Sq, Dv], or [1, H, Tq, Dv] if packed; like query, key and value a pointer or a descriptor
     query,  # [B, H, Sq, D], or [1, H, Tq, D]

@@ -91,7 +91,7 @@ def _sum_over_keys(
     return grad_query
 
 
-@triton.jit(do_not_specialize=["query_rows", "seqlen_q"])  # by seqlen_k the rows of grad_mask are aligned
+@triton.jit
 def attention_dq_kernel(
     grad_output,  # [B, H, Sq, Dv], or [1, H, Tq, Dv] if packed; like query, key and value a pointer or a descriptor
     query,  # [B, H, Sq, D], or [1, H, Tq, D]

@@ -22,9 +22,6 @@ from .attention_visible import mask_pointers
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# The arguments by which kernels are not specialised. Packed calls have other lengths each time, and Triton would compile
-# kernels for multiples of 16, and for 1, in all their combinations; only lse and delta would be better aligned by them.
-LENGTHS = ["query_rows", "seqlen_q", "seqlen_k"]
 # The arguments with which rows beyond a sequence are another's, or unused: tiles can't be loaded by descriptors.
 POINTERS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k")
 # How much of the kernels' registers an argument takes, besides.
