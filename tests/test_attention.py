@@ -279,3 +279,22 @@ def test_a_head_too_wide_for_our_kernels_runs_torchs(target: Target) -> None:
     )
     with fastformer.backend(target.backend), pytest.raises(ValueError, match="head_dim 300"):
         F.scaled_dot_product_attention(x, x, x)
+
+
+@on_kernels
+@pytest.mark.parametrize("sign", [1, -1])
+def test_masks_as_large_as_float32_has_them(target: Target, sign: int) -> None:
+    """Throughout a row, or in part of it, where they hide the rest or are hidden by it."""
+    query, key, value = (x.requires_grad_() for x in inputs(target, 1, 2, 2, 6, 9, 8, 8))
+    mask = torch.zeros(6, 9, device=target.device)
+    mask[1] = mask[2, 3:] = sign * torch.finfo(torch.float32).max
+    with fastformer.backend(target.backend):
+        output, _ = attend(query, key, value, mask)
+        grads = torch.autograd.grad(output.square().sum(), (query, key, value))
+        shown = attend(query[:, :, 2:3], key[:, :, :3], value[:, :, :3])[0]
+    assert all(grad.isfinite().all() for grad in grads)
+    eps = torch.finfo(target.dtype).eps
+    mean = value.double().mean(2)
+    torch.testing.assert_close(output[:, :, 1].double(), mean, rtol=0, atol=4 * eps)
+    rest = value[:, :, 3:].double().mean(2) if sign > 0 else shown[:, :, 0].double()
+    torch.testing.assert_close(output[:, :, 2].double(), rest, rtol=0, atol=4 * eps)

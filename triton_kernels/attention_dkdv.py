@@ -27,11 +27,13 @@ def recompute_weights(
     row_lse,  # broadcasting to scores
     EXACT: tl.constexpr,
 ):
-    """P = exp(factor * scores - lse); EXACT, for float32, takes log2(e) last and so rounds least."""
+    """P = exp(factor * scores - lse), at most 1 whatever the rounding of huge scores. EXACT, for float32 and for masks
+    as large as float32 has them, takes log2(e) last: that rounds least, and does not overflow.
+    """
+    power = scores * (factor * LOG2E) - row_lse * LOG2E  # one fused multiply-add each
     if EXACT:
-        return tl.exp2((scores * factor - row_lse) * LOG2E)
-    else:
-        return tl.exp2(scores * (factor * LOG2E) - row_lse * LOG2E)  # one fused multiply-add each
+        power = (scores * factor - row_lse) * LOG2E
+    return tl.exp2(tl.minimum(power, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -93,7 +95,9 @@ def _sum_over_queries(
             scores, factor, row, column, start, first_key, lengths, band[0], slope, mask, mask_strides, MASK
         )
         row_lse = load_lse(lse, queries, seqlen_q)
-        weights = recompute_weights(terms, factor, row_lse[None, :], query_tile.dtype == tl.float32)
+        weights = recompute_weights(
+            terms, factor, row_lse[None, :], query_tile.dtype == tl.float32 or MASK == "additive"
+        )
         if EDGE:
             visible = visible_places(row, column, start, first_key, lengths, band, mask, mask_strides, MASK)
             weights = tl.where(visible, weights, 0.0)

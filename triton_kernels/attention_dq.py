@@ -67,7 +67,8 @@ def _sum_over_keys(
         terms, factor = add_biases(
             scores, factor, row, column, first_query, start, lengths, band[0], slope, mask, mask_strides, MASK
         )
-        weights = recompute_weights(terms, factor, row_lse, query_tile.dtype == tl.float32)
+        exact: tl.constexpr = query_tile.dtype == tl.float32 or MASK == "additive"
+        weights = recompute_weights(terms, factor, row_lse, exact)
         if EDGE:
             visible = visible_places(row, column, first_query, start, lengths, band, mask, mask_strides, MASK)
             weights = tl.where(visible, weights, 0.0)

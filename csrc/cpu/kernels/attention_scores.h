@@ -43,7 +43,8 @@ FASTFORMER_INLINE float score_factor(const Attention& a) { return (has_softcap(a
 // -inf stays; what only the change of base would make infinite does not.
 FASTFORMER_INLINE float mask_term(float x) {
   const float term = x * kLog2e;
-  return term < -FLT_MAX && x >= -FLT_MAX ? -FLT_MAX : term;
+  if (term < -FLT_MAX && x >= -FLT_MAX) return -FLT_MAX;
+  return term > FLT_MAX && x <= FLT_MAX ? FLT_MAX : term;
 }
 FASTFORMER_INLINE float mask_term(uint8_t keep) {  // a branch would be mispredicted, and not become vector code
   return bits_to_float((static_cast<uint32_t>(keep != 0) - 1) & 0xff800000);  // 0 or -inf
