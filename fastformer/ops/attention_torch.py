@@ -5,7 +5,6 @@ Shapes and meaning of the arguments: csrc/ops.cpp.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import math
@@ -96,19 +95,16 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> Tensor:
     gqa = query.shape[1:2] != key.shape[1:2]  # of symbolic sizes too this is a bool
-    seqlen_q, seqlen_k = query.shape[2], key.shape[2]
+    seqlen_k = key.shape[2]
     left, right = options.window()
     aligned = not options.bottom_right and left is None and right in (None, 0)
     if mask is None and aligned and seqlen_k > 0:
         return torch_functional.scaled_dot_product_attention(
             query, key, value, None, options.dropout_p, right == 0, scale=options.scale, enable_gqa=gqa
         )
-    if left is None and right is None:
+    allowed = _window_mask(query, key, options)
+    if allowed is None:
         allowed = torch.ones(1, seqlen_k, dtype=torch.bool, device=query.device)
-    else:
-        allowed = reference.window_mask(
-            seqlen_q, seqlen_k, left, right, bottom_right=options.bottom_right, device=query.device
-        )
     if mask is not None:
         allowed = allowed & (mask if mask.dtype == torch.bool else mask != -math.inf)
     empty = ~allowed.any(-1, keepdim=True)
@@ -121,6 +117,15 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, optio
     return output.masked_fill(empty, 0.0)
 
 
+def _window_mask(query: Tensor, key: Tensor, options: Options) -> Tensor | None:
+    """bool [Sq, Sk] of the window with the causal bound, or None where there is neither."""
+    left, right = options.window()
+    if left is None and right is None:
+        return None
+    lengths = query.shape[2], key.shape[2]
+    return reference.window_mask(*lengths, left, right, bottom_right=options.bottom_right, device=query.device)
+
+
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Scores, or a part of them, with a mask applied."""
     if mask is None:
@@ -130,28 +135,28 @@ def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     """(output, lse) with every option, by torch's differentiable functions, in float32 at least, under autocast too."""
-    compute = functools.partial(per_sequence, _composed) if options.packed else functools.partial(_composed, first=0)
     if _common.autocast_dtype(query) is None:
-        return compute(query, key, value, mask, options)
+        return per_sequence(_composed, query, key, value, mask, options)
     with torch.autocast(query.device.type, enabled=False):
-        return compute(query, key, value, mask, options)
+        return per_sequence(_composed, query, key, value, mask, options)
 
 
 def by_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(output, lse) of the reference in the kernels' dtypes."""
-    compute = functools.partial(per_sequence, _reference) if options.packed else functools.partial(_reference, first=0)
-    output, lse = compute(query, key, value, mask, options)
+    output, lse = per_sequence(_reference, query, key, value, mask, options)
     return output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
 
 
 def per_sequence(
-    attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: None, options: Options
+    attention: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Calls ``attention`` once for each sequence of packed or paged tensors, and packs the results. Reads the lengths,
-    which waits for the device.
+    """Calls ``attention`` once for dense tensors, or once for each sequence of packed or paged ones, whose results it
+    packs. Reads the lengths then, which waits for the device.
     """
+    if not options.packed:
+        return attention(query, key, value, mask, options, 0)
     starts_q, starts_k, used, table = (
         None if x is None else x.tolist()
         for x in (options.cu_seqlens_q, options.cu_seqlens_k, options.seqused_k, options.block_table)
@@ -233,13 +238,7 @@ def weigh(query: Tensor, key: Tensor, mask: Tensor | None, options: Options, fir
     if options.alibi_slopes is not None:
         slopes = options.alibi_slopes.to(dtype)
         scores = scores + reference.alibi_bias(slopes, seqlen_q, seqlen_k, bottom_right=options.bottom_right)
-    scores = masked(scores, mask)
-    left, right = options.window()
-    if left is not None or right is not None:
-        visible = reference.window_mask(
-            seqlen_q, seqlen_k, left, right, bottom_right=options.bottom_right, device=scores.device
-        )
-        scores = scores.masked_fill(~visible, -math.inf)
+    scores = masked(masked(scores, mask), _window_mask(query, key, options))
     if options.sinks is not None:
         sinks = options.sinks.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat((scores, sinks), -1)
