@@ -169,6 +169,34 @@ def test_layouts(target: Target) -> None:
 
 
 @on_kernels
+@pytest.mark.parametrize("boolean", [True, False], ids=["bool", "additive"])
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_masks_within_wider_memory(target: Target, seqlen_q: int, boolean: bool) -> None:
+    """Aligned and not; nothing of what lies around a mask counts, and its gradient is that of the plain mask."""
+    query, key, value = inputs(target, 2, 2, 2, seqlen_q, 37, 8, 8)
+    values = tensor(target, 2, 1, seqlen_q, 37)
+    mask = values > 0 if boolean else values
+    around = True if boolean else math.nan
+    wide = mask.new_full((2, 2, seqlen_q, 64), around)
+    transposed = mask.new_full((2, 2, 48, seqlen_q), around).mT
+    last = mask.new_full(((2 * seqlen_q - 1) * 48 + 37,), around)  # the last row ends with the memory
+    last = last.as_strided((2, 1, seqlen_q, 37), (48 * seqlen_q, 48 * seqlen_q, 48, 1))
+    views = [wide[:, :1, :, :37], wide[:, 1:, :, 16:53], wide[:, :1, :, 3:40], transposed[:, :1, :, 2:39], last]
+
+    def run(mask: Tensor) -> list[Tensor]:
+        output, lse = attend(query, key, value, mask)
+        return [output, lse] if boolean else [output, lse, *torch.autograd.grad(output.square().sum(), mask)]
+
+    with fastformer.backend(target.backend):
+        plain = run(mask if boolean else mask.requires_grad_())
+        for view in views:
+            view.copy_(mask.detach())
+            for got, expected in zip(run(view if boolean else view.requires_grad_()), plain):
+                assert torch.equal(got, expected)
+                assert got.stride() == expected.stride()
+
+
+@on_kernels
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4), (2, 0, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (1, 1, 9, 0)])
 def test_empty(target: Target, sizes: tuple[int, ...]) -> None:
     batch, heads, seqlen_q, seqlen_k = sizes

@@ -18,6 +18,7 @@ from .attention_decode import attention_decode
 from .attention_tiles import (
     LOG2E,
     add_biases,
+    architecture,
     cap_scores,
     describe,
     empty_heads,
@@ -343,6 +344,6 @@ def attention_forward(
             **tile_list_arguments(arguments, tile, by_keys=False),
             PAGE_SIZE=0 if block_table is None else key.shape[2],
             DESCRIPTORS=descriptors,
-            **launch_options(tile, query.element_size(), softcap is not None),
+            **launch_options(architecture(query.device), tile, query.element_size(), softcap is not None),
         )
     return output, lse

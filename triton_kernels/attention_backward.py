@@ -33,6 +33,7 @@ from .attention_dkdv import attention_dkdv_kernel
 from .attention_dq import attention_dq_kernel
 from .attention_tiles import (
     Tile,
+    architecture,
     describe,
     empty_heads,
     launch_options,
@@ -41,6 +42,7 @@ from .attention_tiles import (
     use_descriptors,
     within_reach,
 )
+from .attention_visible import MASK_ALIGNMENT
 
 DELTA_ROWS = 64  # queries a program of attention_delta_kernel takes
 
@@ -154,7 +156,8 @@ def attention_backward(
     )  # fmt: skip
     heads, kv_heads, seqlen_q, seqlen_k = (arguments[x] for x in ("heads", "kv_heads", "seqlen_q", "seqlen_k"))
     # Zeros, because tiles that no query sees are never visited.
-    mask_shape = (batch, heads, seqlen_q, seqlen_k) if needs_grad_mask else 0
+    mask_columns = triton.cdiv(seqlen_k, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
+    mask_shape = (batch, heads, seqlen_q, mask_columns) if needs_grad_mask else (0,)
     grad_mask = query.new_zeros(mask_shape, dtype=torch.float32)
     delta = _delta(grad_output, grad_lse, output, lse)
     grad_sinks = lse.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)
@@ -165,9 +168,10 @@ def attention_backward(
         grad_key.zero_()
         grad_value.zero_()
     if nothing:
-        return grad_query, grad_key, grad_value, grad_mask, grad_sinks
+        return grad_query, grad_key, grad_value, grad_mask[..., :seqlen_k].contiguous(), grad_sinks
 
     wide_dq = max(query.shape[3], value.shape[3]) > 64
+    arch = architecture(query.device)
     tiles = chosen_tiles(query, arguments)
     descriptors = not needs_pointers(arguments) and use_descriptors(grad_output, query, key, value)
     arguments |= {"lse": lse, "delta": delta, "DESCRIPTORS": descriptors}
@@ -186,7 +190,7 @@ def attention_backward(
             **inputs(tiles.dkdv),
             **arguments,
             **tile_list_arguments(arguments, tiles.dkdv, by_keys=True),
-            **launch_options(tiles.dkdv, query.element_size(), softcap is not None),
+            **launch_options(arch, tiles.dkdv, query.element_size(), softcap is not None),
         )
         attention_dq_kernel[(triton.cdiv(seqlen_q, tiles.dq.block_q) * batch * heads,)](
             grad_query=grad_query,
@@ -195,6 +199,6 @@ def attention_backward(
             **inputs(tiles.dq),
             **arguments,
             **tile_list_arguments(arguments, tiles.dq, by_keys=False),
-            **launch_options(tiles.dq, query.element_size(), softcap is not None, wide_dq),
+            **launch_options(arch, tiles.dq, query.element_size(), softcap is not None, wide_dq),
         )
-    return grad_query, grad_key, grad_value, grad_mask, grad_sinks
+    return grad_query, grad_key, grad_value, grad_mask[..., :seqlen_k].contiguous(), grad_sinks

@@ -20,7 +20,7 @@ from torch import Tensor
 from .attention_arguments import crowded, shared_arguments, stride_arguments
 from .attention_combine import combine_parts, finish_rows, row_offsets
 from .attention_tiles import LOG2E, architecture, cap_scores, empty_heads, padded_width, within_reach
-from .attention_visible import sequence
+from .attention_visible import mask_end, sequence
 from .common import finite_peak, multiprocessors, unit_stride
 from .philox import kept_weights
 
@@ -51,18 +51,24 @@ DECODE_TILES: dict[tuple[int, int], tuple[DecodeTile, ...]] = {
 }
 
 
-def select_tile(head_dim: int, value_dim: int, itemsize: int, rows: int | None) -> DecodeTile:
+def select_tile(head_dim: int, value_dim: int, itemsize: int, rows: int | None, masked: bool) -> DecodeTile:
     """The smallest tile that holds so many rows, else the largest; None: of an unknown number."""
     tiles = DECODE_TILES[max(64, padded_width(head_dim), padded_width(value_dim)), itemsize]
-    return next((tile for tile in tiles if rows is not None and tile.block_r >= rows), tiles[-1])
+    tile = next((tile for tile in tiles if rows is not None and tile.block_r >= rows), tiles[-1])
+    return beside_mask(tile) if masked else tile
+
+
+def beside_mask(tile: DecodeTile) -> DecodeTile:
+    """The tile with half the keys, for the registers that a mask takes."""
+    return tile._replace(block_k=max(16, tile.block_k // 2))
 
 
 def launch_options(architecture: str, tile: DecodeTile, paged: bool, masked: bool, crowded: bool) -> dict[str, int]:
     """The tile as the keyword arguments of the kernel, for an architecture of attention_tiles.architecture.
 
     gfx942 has warps of 64 threads and 64 KB of shared memory. A mask takes the registers of a stage. Over pages the
-    stages are shared by the loads of their numbers and those of the keys, which wait for them. Where it is crowded, the
-    compiler would spill some registers for the sake of more threads.
+    stages are shared by the loads of their numbers and those of the keys, which wait for them. Where it is crowded, and
+    for "sm_100", the compiler would spill some registers for the sake of more threads.
     """
     amd = architecture == "gfx942"
     stages = 3 - masked - amd
@@ -72,7 +78,7 @@ def launch_options(architecture: str, tile: DecodeTile, paged: bool, masked: boo
         "num_warps": tile.num_warps // 2 if amd else tile.num_warps,
         "num_stages": 2 * stages - 1 if paged else stages,
     }
-    if crowded and not amd:
+    if (crowded or architecture == "sm_100") and not amd:
         options["maxnreg"] = 255
     return options
 
@@ -117,10 +123,10 @@ def _load_mask(
     seqlen_k,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_R, BLOCK_K]: the mask of the rows and the keys from start on, 0 beyond them."""
+    """[BLOCK_R, BLOCK_K]: the mask of the rows and the keys from start on, 0 beyond the rows and mask_end(seqlen_k)."""
     keys = tl.arange(0, BLOCK_K)[None, :]
     pointers = mask + tl.cast(start, tl.int64) * stride_k + offsets[:, None] + keys * stride_k
-    return tl.load(pointers, mask=inside[:, None] & (start + keys < seqlen_k), other=0)
+    return tl.load(pointers, mask=inside[:, None] & (start + keys < mask_end(seqlen_k)), other=0)
 
 
 @triton.jit
@@ -440,7 +446,8 @@ def attention_decode(
     sinks, block_table = (None if x is None else x.contiguous() for x in (sinks, block_table))
 
     unknown_rows = packed and num_splits != 0  # a tile for the longest sequence would depend on the batch
-    tile = select_tile(query.shape[3], value.shape[3], query.element_size(), None if unknown_rows else rows)
+    widths = (query.shape[3], value.shape[3])
+    tile = select_tile(*widths, query.element_size(), None if unknown_rows else rows, mask is not None)
     row_tiles = triton.cdiv(rows, tile.block_r)
     programs = batches * key.shape[1] * row_tiles
     seqlen_k = arguments["seqlen_k"] if block_table is None else min(arguments["seqlen_k"], max_seqlen_k)

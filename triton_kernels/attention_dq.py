@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .attention_dkdv import load_lse, recompute_weights
 from .attention_tiles import add_biases, cap_scores, load_rows, store_rows
-from .attention_visible import places, sequence, tile_range, tiles_row, visible_places
+from .attention_visible import mask_end, places, sequence, tile_range, tiles_row, visible_places
 from .philox import kept_weights
 
 
@@ -28,7 +28,7 @@ def _sum_over_keys(
     value_strides,
     mask,  # of this batch and head
     mask_strides,  # of query and key
-    grad_mask,  # [Sq, Sk] of this batch and head, or None
+    grad_mask,  # [Sq, mask_end(Sk)] of this batch and head, or None
     slope,  # of ALiBi, or None
     dropout_state,
     threshold,
@@ -84,8 +84,8 @@ def _sum_over_keys(
         if grad_mask is not None:
             queries = first_query + row
             places_k = start + column
-            pointers = grad_mask + queries.to(tl.int64) * seqlen_k + places_k
-            tl.store(pointers, grad_scores, mask=(queries < lengths[0]) & (places_k < seqlen_k))
+            pointers = grad_mask + queries.to(tl.int64) * mask_end(seqlen_k) + places_k
+            tl.store(pointers, grad_scores, mask=(queries < lengths[0]) & (places_k < mask_end(seqlen_k)))
         if softcap is not None:
             grad_scores *= 1 - scores * scores
         grad_query = tl.dot(grad_scores.to(key_tile.dtype), key_tile, grad_query, input_precision="ieee")
@@ -103,7 +103,7 @@ def attention_dq_kernel(
     lse,  # [B, H, Sq], or [1, H, Tq], float32, contiguous
     delta,  # like lse
     grad_query,  # [B, H, Sq, D], or [1, H, Tq, D]
-    grad_mask,  # [B, H, Sq, Sk] float32, contiguous, zeros, or None
+    grad_mask,  # [B, H, Sq, mask_end(Sk)] float32, contiguous, zeros, or None
     alibi_slopes,  # [H] or [B, H] float32, contiguous, or None
     dropout_state,  # [2] int64: seed and offset, or None
     cu_seqlens_q,  # [B + 1] int32, or None
@@ -175,7 +175,7 @@ def attention_dq_kernel(
     if MASK != "none":
         mask += batch.to(tl.int64) * mask_stride_b + head.to(tl.int64) * mask_stride_h
     if grad_mask is not None:
-        grad_mask += batch_head.to(tl.int64) * seqlen_q * seqlen_k
+        grad_mask += batch_head.to(tl.int64) * seqlen_q * mask_end(seqlen_k)
 
     grad_strides = (grad_output_stride_b, grad_output_stride_h, grad_output_stride_s)
     query_strides = (query_stride_b, query_stride_h, query_stride_s)

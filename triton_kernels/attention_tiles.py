@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_visible import mask_pointers
+from .attention_visible import MASK_ALIGNMENT, mask_end, mask_pointers
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -58,8 +58,8 @@ class Tiles(NamedTuple):
 # "sm_90". A row that is missing is that of less crowding.
 TILES: dict[tuple[str, int, int, int], Tiles] = {
     ("sm_80", 64, 2, 0): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_80", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
-    ("sm_80", 64, 2, 2): Tiles(Tile(128, 64, 8, 1), Tile(32, 32, 4, 1), Tile(64, 32, 4, 2)),
+    ("sm_80", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2)),
+    ("sm_80", 64, 2, 2): Tiles(Tile(128, 64, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 4, 2)),
     ("sm_80", 128, 2, 0): Tiles(Tile(128, 32, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_80", 128, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
     ("sm_80", 128, 2, 2): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 2)),
@@ -68,30 +68,32 @@ TILES: dict[tuple[str, int, int, int], Tiles] = {
     ("sm_80", 64, 4, 0): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_80", 64, 4, 1): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_80", 128, 4, 0): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_80", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_80", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_80", 256, 4, 0): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
-    ("sm_80", 256, 4, 1): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_80", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_80", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_80", 256, 4, 0): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+    ("sm_80", 256, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
     ("sm_90", 64, 2, 0): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 64, 2, 2): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 64, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(128, 32, 8, 2)),
     ("sm_90", 128, 2, 0): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", 128, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 128, 2, 2): Tiles(Tile(128, 32, 8, 2), Tile(16, 32, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 256, 2, 0): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
-    ("sm_90", 256, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_90", 256, 2, 2): Tiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_90", 128, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(16, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 128, 2, 2): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, 0): Tiles(Tile(128, 64, 8, 2), Tile(16, 64, 8, 2), Tile(128, 32, 8, 2)),
+    ("sm_90", 256, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 16, 8, 2)),
+    ("sm_90", 256, 2, 2): Tiles(Tile(64, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 16, 8, 2)),
     ("sm_90", 64, 4, 0): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_90", 64, 4, 1): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", 128, 4, 0): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_90", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 32, 8, 2)),
-    ("sm_90", 256, 4, 0): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
-    ("sm_90", 256, 4, 1): Tiles(Tile(16, 16, 4, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
-    ("sm_100", 128, 2, 0): Tiles(Tile(128, 128, 8, 2), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("sm_90", 128, 4, 1): Tiles(Tile(16, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 128, 4, 2): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_90", 256, 4, 0): Tiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 1), Tile(16, 16, 8, 2)),
+    ("sm_100", 64, 2, 0): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 1), Tile(128, 64, 8, 2)),
+    ("sm_100", 128, 2, 0): Tiles(Tile(128, 128, 8, 2), Tile(32, 128, 8, 1), Tile(128, 64, 8, 2)),
     ("sm_100", 128, 2, 1): Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)),
+    ("sm_100", 256, 2, 0): Tiles(Tile(128, 64, 8, 2), Tile(16, 16, 8, 2), Tile(128, 32, 8, 2)),
     ("sm_100", 256, 2, 1): Tiles(Tile(128, 32, 8, 2), Tile(16, 16, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_100", 64, 4, 0): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("sm_100", 64, 4, 1): Tiles(Tile(32, 32, 8, 2), Tile(16, 32, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_100", 128, 4, 0): Tiles(Tile(32, 16, 8, 2), Tile(16, 32, 8, 1), Tile(16, 32, 8, 2)),
 }
 
 
@@ -158,11 +160,13 @@ def describe(tensor: Tensor, block_rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, [1, 1, block_rows, padded_width(tensor.shape[-1])])
 
 
-def launch_options(tile: Tile, itemsize: int, softcap: bool, wide_dq: bool = False) -> dict[str, int]:
+def launch_options(
+    architecture: str, tile: Tile, itemsize: int, softcap: bool, wide_dq: bool = False
+) -> dict[str, int]:
     """The tile as the keyword arguments of a kernel. wide_dq: it is that of dq, of a width beyond 64.
 
-    For the sake of 128 registers a thread, the compiler spills some in kernels of float32, or with softcap, unless it
-    is told that there are more; where it is told so, it spills in those of wide dq.
+    For the sake of 128 registers a thread, the compiler spills some for "sm_100", and in kernels of float32, or with
+    softcap, unless it is told that there are more; where it is told so, it spills in those of wide dq before "sm_100".
     """
     options = {
         "BLOCK_Q": tile.block_q,
@@ -170,7 +174,8 @@ def launch_options(tile: Tile, itemsize: int, softcap: bool, wide_dq: bool = Fal
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    if (itemsize == 4 or (softcap and not wide_dq)) and not torch.version.hip:
+    crowded = itemsize == 4 or (softcap and not wide_dq) or architecture == "sm_100"
+    if crowded and architecture != "gfx942":
         options["maxnreg"] = 255
     return options
 
@@ -195,10 +200,31 @@ def mask_arguments(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tup
     if mask is None:
         return None, [0, 0, 0, 0], "none"
     kind = "bool" if mask.dtype == torch.bool else "additive"
-    if max(mask.stride()[-2:], default=0) >= FAR:
-        mask = mask.contiguous()
-    expanded = mask.expand(shape)
-    return expanded.view(torch.uint8) if kind == "bool" else expanded, list(expanded.stride()), kind
+    expanded = _aligned_mask(mask.expand(shape)).expand(shape)
+    strides = [stride if size > 1 else 0 for size, stride in zip(shape, expanded.stride())]
+    return expanded.view(torch.uint8) if kind == "bool" else expanded, strides, kind
+
+
+def _aligned_mask(mask: Tensor) -> Tensor:
+    """The mask, without what it repeats, if the kernels can walk it as it is, else a copy, as torch pads biases."""
+    for dim, stride in enumerate(mask.stride()):
+        if stride == 0:
+            mask = mask.narrow(dim, 0, 1)
+    *rows, columns = mask.shape
+    if columns <= 1 or mask.numel() == 0:
+        return mask
+    padded = triton.cdiv(columns, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
+    strides = [stride for size, stride in zip(rows, mask.stride()) if size > 1]
+    last = mask.storage_offset() + sum((size - 1) * stride for size, stride in zip(rows, mask.stride()))
+    if (
+        mask.stride(-1) == 1
+        and mask.data_ptr() % 16 == 0
+        and all(stride % MASK_ALIGNMENT.value == 0 and stride < FAR for stride in strides)
+        and (last + padded) * mask.element_size() <= mask.untyped_storage().nbytes()
+    ):
+        return mask
+    copy = mask.new_zeros(*rows, padded)[..., :columns]
+    return copy.copy_(mask)
 
 
 @triton.jit
@@ -292,7 +318,7 @@ def add_biases(
         distance = (first_query + offset - first_key + row).to(tl.float32) - column.to(tl.float32)
         scores -= slope * tl.abs(distance)
     if MASK == "additive":
-        inside = (first_query + row < lengths[0]) & (first_key + column < lengths[1])
+        inside = (first_query + row < lengths[0]) & (first_key + column < mask_end(lengths[1]))
         pointers = mask_pointers(mask, mask_strides, first_query, first_key, row, column)
         scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     return scores, factor

@@ -14,6 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 LIST_WARPS = 8  # of list_tiles_kernel
+# Rows of a mask begin at multiples of so many elements and are read up to one, so that loads are of whole vectors: byte
+# by byte, tiles would take more registers than there are.
+MASK_ALIGNMENT = tl.constexpr(16)
 
 
 def window_bounds(
@@ -91,6 +94,12 @@ def mask_pointers(mask, mask_strides, first_query, first_key, row, column):
 
 
 @triton.jit
+def mask_end(seqlen_k):
+    """Up to which key a mask's rows can be read; what lies beyond seqlen_k means nothing."""
+    return tl.cdiv(seqlen_k, MASK_ALIGNMENT) * MASK_ALIGNMENT
+
+
+@triton.jit
 def visible_places(
     row,
     column,
@@ -114,7 +123,7 @@ def visible_places(
         visible = visible & (keys >= queries + (offset - left))
     if MASK == "bool":
         pointers = mask_pointers(mask, mask_strides, first_query, first_key, row, column)
-        visible = visible & (tl.load(pointers, mask=visible & (queries < seqlen_q), other=0) != 0)
+        visible = visible & (tl.load(pointers, mask=(queries < seqlen_q) & (keys < mask_end(seqlen_k)), other=0) != 0)
     return visible
 
 

@@ -29,10 +29,13 @@ FEATURES = {
 }
 #: What is None unless a feature has it.
 OPTIONAL = [name for arguments in FEATURES.values() for name in arguments] + ["mask", "tiles", "grad_mask", "seqused_k"]
+#: Not always multiples of 16.
+LENGTHS = ("seqlen_q", "seqlen_k", "query_rows")
 PAGE_SIZE = 16
 
 
 def _case(kind: str, architecture: str, width: int, dtype: str, mask: str = "none", *features: str) -> Case:
+    """One kernel, for sequences of any length: what is known of lengths only spares it registers."""
     kernel = KERNELS[kind]
     given = {name for feature in features for name in FEATURES[feature]} | ({"mask"} if mask != "none" else set())
     tile = getattr(tiles.select_tiles(architecture, width, width, BYTES[dtype], given), kind)
@@ -45,7 +48,7 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str = "non
         for name, block in rows.items()
     }
     types |= {"lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
-    types |= dict.fromkeys(("heads", "kv_heads", "window_right", "alibi_stride_b"), "i32")
+    types |= dict.fromkeys(("heads", "kv_heads", "window_right", "alibi_stride_b", *LENGTHS), "i32")
     for feature in features:
         types |= FEATURES[feature]
     if mask != "none":
@@ -70,7 +73,7 @@ def _case(kind: str, architecture: str, width: int, dtype: str, mask: str = "non
     if mask != "none":
         constants["mask_stride_k"] = 1  # a dense mask's
     constants |= {name: None for name in OPTIONAL if name in kernel.arg_names and name not in types}
-    options = tiles.launch_options(tile, BYTES[dtype], "softcap" in features, kind == "dq" and width > 64)
+    options = tiles.launch_options(architecture, tile, BYTES[dtype], "softcap" in features, kind == "dq" and width > 64)
     options = {name: value for name, value in options.items() if name not in constants}
     label = " ".join(features).replace(" ".join(EVERYTHING[:-1]), "everything")
     name = f"{kind} {dtype} {width} mask {mask} {label}".rstrip()
@@ -110,6 +113,13 @@ def cases(target) -> list[Case]:
         for dtype in ("bf16", "fp32")
         for features in COMBINATIONS
         if width <= 128 or (kind, dtype) == ("forward", "bf16")  # beyond, some spill a little
+    ]
+    found += [
+        _case(kind, architecture, width, "bf16", mask, *features)
+        for kind in KERNELS
+        for width in (64, 128)
+        for mask in MASKS
+        for features in (("window",), ("window", "alibi", "softcap"))
     ]
     paged = [("paged",), ("paged", *EVERYTHING[:-1])]
     found += [

@@ -24,7 +24,7 @@ PACKED = {"cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32", "seqused_k": "*i32"}
 PAGED = {"cu_seqlens_q": "*i32", "seqused_k": "*i32", "block_table": "*i32"}
 PARTIAL = {"partial_output": "*fp32", "partial_peak": "*fp32", "partial_total": "*fp32"}
 OPTIONAL = FEATURES | PACKED | PAGED | PARTIAL
-COUNTS = ("batches", "heads", "kv_heads", "query_rows", "seqlen_q", "row_tiles", "parts", "results")
+COUNTS = ("batches", "heads", "kv_heads", "query_rows", "seqlen_q", "seqlen_k", "row_tiles", "parts", "results")
 
 
 def _case(
@@ -39,6 +39,8 @@ def _case(
     types = {x: f"*{dtype}" for x in ("query", "key", "value", "output")} | dict.fromkeys(COUNTS, "i32")
     types |= {"mask": MASKS[mask], "lse": "*fp32", "scale": "fp32"} | given
     masked = mask != "none"
+    if masked:
+        tile = decode.beside_mask(tile)
     options = decode.launch_options(architecture, tile, "block_table" in given, masked, masked or "softcap" in given)
     constants = {
         "HEAD_DIM": width,
