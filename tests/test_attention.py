@@ -170,6 +170,18 @@ def test_layouts(target: Target) -> None:
 
 @on_kernels
 @pytest.mark.parametrize("boolean", [True, False], ids=["bool", "additive"])
+def test_mask_of_one_key(target: Target, boolean: bool) -> None:
+    """Whose memory ends with it, and whose strides over dimensions of one mean nothing."""
+    query, key, value = inputs(target, 1, 2, 2, 40, 1, 8, 8)
+    values = tensor(target, 1, 1, 40, 1)
+    mask = values > 0 if boolean else values
+    odd = mask.as_strided(mask.shape, (2**40, 2**40, 1, 2**40))
+    with fastformer.backend(target.backend):
+        assert torch.equal(attend(query, key, value, odd)[1], attend(query, key, value, mask)[1])
+
+
+@on_kernels
+@pytest.mark.parametrize("boolean", [True, False], ids=["bool", "additive"])
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_masks_within_wider_memory(target: Target, seqlen_q: int, boolean: bool) -> None:
     """Aligned and not; nothing of what lies around a mask counts, and its gradient is that of the plain mask."""

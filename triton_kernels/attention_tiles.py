@@ -200,8 +200,9 @@ def mask_arguments(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tup
     if mask is None:
         return None, [0, 0, 0, 0], "none"
     kind = "bool" if mask.dtype == torch.bool else "additive"
-    expanded = _aligned_mask(mask.expand(shape)).expand(shape)
-    strides = [stride if size > 1 else 0 for size, stride in zip(shape, expanded.stride())]
+    mask = _aligned_mask(mask.expand(shape))
+    strides = [stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride())]
+    expanded = mask.as_strided(shape, strides)
     return expanded.view(torch.uint8) if kind == "bool" else expanded, strides, kind
 
 
@@ -211,20 +212,18 @@ def _aligned_mask(mask: Tensor) -> Tensor:
         if stride == 0:
             mask = mask.narrow(dim, 0, 1)
     *rows, columns = mask.shape
-    if columns <= 1 or mask.numel() == 0:
-        return mask
+    strides = [stride if size > 1 else 0 for size, stride in zip(rows, mask.stride())]
     padded = triton.cdiv(columns, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
-    strides = [stride for size, stride in zip(rows, mask.stride()) if size > 1]
-    last = mask.storage_offset() + sum((size - 1) * stride for size, stride in zip(rows, mask.stride()))
-    if (
+    last = mask.storage_offset() + sum((size - 1) * stride for size, stride in zip(rows, strides))
+    aligned = columns == 1 or (
         mask.stride(-1) == 1
         and mask.data_ptr() % 16 == 0
-        and all(stride % MASK_ALIGNMENT.value == 0 and stride < FAR for stride in strides)
+        and all(stride % MASK_ALIGNMENT.value == 0 for stride in strides)
         and (last + padded) * mask.element_size() <= mask.untyped_storage().nbytes()
-    ):
+    )
+    if mask.numel() == 0 or (aligned and strides[-1] < FAR):
         return mask
-    copy = mask.new_zeros(*rows, padded)[..., :columns]
-    return copy.copy_(mask)
+    return mask.new_empty(*rows, padded)[..., :columns].copy_(mask)
 
 
 @triton.jit
