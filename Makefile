@@ -27,7 +27,7 @@ fastformer/lib/.built: setup.py $(SOURCES)
 	touch $@
 
 bench: build
-	$(VENV)/bin/fastformer bench --quick
+	$(VENV)/bin/fastformer bench
 
 # pytest-xdist: two processes of one thread each finish sooner on two cores than one process of two.
 test: lint build

@@ -18,36 +18,64 @@ TRAINING_SHAPES = {  # (batch, heads, length, head_dim), causal
     "cpu": [(4, 6, 256, 64), (1, 12, 1024, 64)],
     "cuda": [(8, 12, 1024, 64), (2, 16, 4096, 128)],
 }
+MORE_TRAINING_SHAPES = [(1, 12, 512, 64), (1, 12, 2048, 64), (1, 8, 2048, 128), (8, 12, 128, 64)]
 DECODING_SHAPES = {"cpu": [(1, 12, 4096, 64)], "cuda": [(64, 32, 8192, 128)]}  # one query over this many keys
+
+MORE_DECODING_SHAPES = [(1, 8, 4096, 128), (4, 12, 1024, 64), (16, 12, 256, 64), (1, 32, 8192, 64)]
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """The cases of this operation on a kind of device."""
-    for index, (batch, heads, length, head_dim) in enumerate(TRAINING_SHAPES[device.type]):
-        yield Case(
-            operation="attention",
-            shape=f"{batch}x{heads}x{length}x{head_dim} causal",
-            dtype=dtype,
-            inputs=partial(attention_inputs, batch, heads, length, length, head_dim, device, dtype),
-            ours=partial(functional.scaled_dot_product_attention, is_causal=True),
-            reference=partial(_reference, is_causal=True),
-            peers=_peers(device, is_causal=True),
-            work=attention_work(batch, heads, length, head_dim, dtype, length * length // 2),
-            judged_by="fused",
-            compiled="eager" if index == 0 else None,
-        )
-    for batch, heads, length, head_dim in DECODING_SHAPES[device.type]:
-        yield Case(
-            operation="attention",
-            shape=f"{batch}x{heads}x1x{head_dim}, {length} keys",
-            dtype=dtype,
-            inputs=partial(attention_inputs, batch, heads, 1, length, head_dim, device, dtype),
-            ours=functional.scaled_dot_product_attention,
-            reference=partial(_reference, is_causal=False),
-            peers=_peers(device, is_causal=False),
-            work=_decoding_work(batch, heads, length, head_dim, dtype),
-            judged_by="fused",
-        )
+    for index, shape in enumerate(TRAINING_SHAPES[device.type]):
+        yield _training(*shape, device, dtype, compiled=index == 0)
+    for shape in DECODING_SHAPES[device.type]:
+        yield _decoding(*shape, device, dtype)
+
+
+def more_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Of the CPU's suite."""
+    for shape in MORE_TRAINING_SHAPES:
+        yield _training(*shape, device, dtype)
+    for shape in MORE_DECODING_SHAPES:
+        yield _decoding(*shape, device, dtype)
+
+
+def _training(
+    batch: int,
+    heads: int,
+    length: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+) -> Case:
+    return Case(
+        operation="attention",
+        shape=f"{batch}x{heads}x{length}x{head_dim} causal",
+        dtype=dtype,
+        inputs=partial(attention_inputs, batch, heads, length, length, head_dim, device, dtype),
+        ours=partial(functional.scaled_dot_product_attention, is_causal=True),
+        reference=partial(_reference, is_causal=True),
+        peers=_peers(device, is_causal=True),
+        work=attention_work(batch, heads, length, head_dim, dtype, length * length // 2),
+        judged_by="fused",
+        compiled="eager" if compiled else None,
+    )
+
+
+def _decoding(batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Case:
+    return Case(
+        operation="attention",
+        shape=f"{batch}x{heads}x1x{head_dim}, {length} keys",
+        dtype=dtype,
+        inputs=partial(attention_inputs, batch, heads, 1, length, head_dim, device, dtype),
+        ours=functional.scaled_dot_product_attention,
+        reference=partial(_reference, is_causal=False),
+        peers=_peers(device, is_causal=False),
+        work=_decoding_work(batch, heads, length, head_dim, dtype),
+        judged_by="fused",
+    )
 
 
 def attention_inputs(
@@ -109,4 +137,4 @@ def attention_work(
 def _decoding_work(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:
     # key and value read; query and output are one row each
     cache = 2 * batch * heads * length * head_dim * dtype.itemsize
-    return {FORWARD: Work(bytes=cache, flops=2 * 2 * batch * heads * length * head_dim)}
+    return {FORWARD: Work(bytes=cache, flops=2 * 2 * batch * heads * length * head_dim, reads=True)}

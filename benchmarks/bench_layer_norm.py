@@ -21,23 +21,45 @@ SHAPES = {  # (rows, columns)
 }
 
 
+MORE_SHAPES = {
+    "layer_norm": [(16384, 768), (1024, 1024), (64, 768), (8, 768)],
+    "rms_norm": [(4096, 768), (64, 4096)],
+    "add_layer_norm": [(16384, 768), (1024, 384), (1024, 1024), (64, 768), (8, 768)],
+}
+
+
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """The cases of this operation on a kind of device."""
     for operation, shapes in SHAPES.items():
-        for index, (rows, columns) in enumerate(shapes[device.type]):
-            settings = {"normalized_shape": (columns,), "eps": EPS}
-            rms, add = operation == "rms_norm", operation == "add_layer_norm"
-            yield Case(
-                operation=operation,
-                shape=f"{rows}x{columns}",
-                dtype=dtype,
-                inputs=partial(_inputs, rows, columns, device, dtype, rms=rms, add=add),
-                ours=partial(getattr(functional, operation), **settings),
-                reference=partial(_reference, rms=rms),
-                peers={"eager": partial(_add_layer_norm if add else getattr(torch_functional, operation), **settings)},
-                work=_work(rows, columns, dtype, add=add),
-                compiled="eager" if index == 0 else None,
-            )
+        for index, shape in enumerate(shapes[device.type]):
+            yield _case(operation, *shape, device, dtype, compiled=index == 0)
+
+
+def more_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Of the CPU's suite."""
+    for operation, shapes in MORE_SHAPES.items():
+        for shape in shapes:
+            yield _case(operation, *shape, device, dtype)
+
+
+def _case(
+    operation: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+) -> Case:
+    settings = {"normalized_shape": (columns,), "eps": EPS}
+    rms, add = operation == "rms_norm", operation == "add_layer_norm"
+    return Case(
+        operation=operation,
+        shape=f"{rows}x{columns}",
+        dtype=dtype,
+        inputs=partial(_inputs, rows, columns, device, dtype, rms=rms, add=add),
+        ours=partial(getattr(functional, operation), **settings),
+        reference=partial(_reference, rms=rms),
+        peers={"eager": partial(_add_layer_norm if add else getattr(torch_functional, operation), **settings)},
+        work=_work(rows, columns, dtype, add=add),
+        compiled="eager" if compiled else None,
+        rows=rows,
+        few=(lambda few: _inputs(few, columns, device, dtype, rms=rms, add=add)) if device.type == "cpu" else None,
+    )
 
 
 def _inputs(

@@ -14,23 +14,14 @@ from fastformer import functional, reference
 from .harness import FORWARD, TRAINING, Case, Work
 
 PLAIN_SHAPES = {"cpu": [(4096, 768), (256, 50257)], "cuda": [(32768, 4096), (4096, 50257)]}
+MORE_SHAPES = [(16384, 384), (1024, 768), (512, 4096), (64, 768), (8, 768)]
 CAUSAL_SHAPES = {"cpu": [(12, 512, 512)], "cuda": [(64, 2048, 2048)]}  # (heads, query, key)
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """The cases of this operation on a kind of device."""
     for index, shape in enumerate(PLAIN_SHAPES[device.type]):
-        yield Case(
-            operation="softmax",
-            shape=f"{shape[0]}x{shape[1]}",
-            dtype=dtype,
-            inputs=partial(_inputs, shape, device, dtype),
-            ours=partial(functional.softmax, dim=-1),
-            reference=reference.softmax,
-            peers={"eager": partial(torch_functional.softmax, dim=-1)},
-            work=_work(shape, dtype),
-            compiled="eager" if index == 0 else None,
-        )
+        yield _plain(shape, device, dtype, compiled=index == 0)
     for shape in CAUSAL_SHAPES[device.type]:
         heads, seqlen_q, seqlen_k = shape
         scale = 64**-0.5  # of head_dim 64
@@ -46,6 +37,28 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             work=_work(shape, dtype),
             compiled="eager",
         )
+
+
+def more_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Of the CPU's suite."""
+    for shape in MORE_SHAPES:
+        yield _plain(shape, device, dtype)
+
+
+def _plain(shape: tuple[int, int], device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> Case:
+    return Case(
+        operation="softmax",
+        shape=f"{shape[0]}x{shape[1]}",
+        dtype=dtype,
+        inputs=partial(_inputs, shape, device, dtype),
+        ours=partial(functional.softmax, dim=-1),
+        reference=reference.softmax,
+        peers={"eager": partial(torch_functional.softmax, dim=-1)},
+        work=_work(shape, dtype),
+        compiled="eager" if compiled else None,
+        rows=shape[0],
+        few=(lambda rows: _inputs((rows, shape[1]), device, dtype)) if device.type == "cpu" else None,
+    )
 
 
 def _inputs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

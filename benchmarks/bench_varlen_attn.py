@@ -173,4 +173,4 @@ def _packed_work(
 def _paged_work(heads: int, kv_heads: int, head_dim: int, used: tuple[int, ...], dtype: torch.dtype) -> dict[str, Work]:
     keys = sum(used)
     cache = 2 * keys * kv_heads * head_dim * dtype.itemsize
-    return {FORWARD: Work(bytes=cache, flops=2 * 2 * heads * keys * head_dim)}
+    return {FORWARD: Work(bytes=cache, flops=2 * 2 * heads * keys * head_dim, reads=True)}

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Work:
 
     bytes: int
     flops: int
+    reads: bool = False  # whether next to all of the bytes are read
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Case:
     differentiated. ``peers`` maps a name to a function of the same arguments, or to the reason why it is not run:
     "eager" (several torch calls or torch's own kernel), "fused" or "fused: which" (torch's fused kernel). ``judged_by``
     names the peer whose error sets the allowance, ``compiled`` the one that is also timed under torch.compile.
+    ``few``, of an operation over ``rows`` rows: draws the inputs with so many rows instead.
     """
 
     operation: str
@@ -55,6 +58,8 @@ class Case:
     work: dict[str, Work]
     judged_by: str = "eager"
     compiled: str | None = None
+    rows: int = 0
+    few: Callable[[int], dict[str, Tensor]] | None = None
 
     def __str__(self) -> str:
         return f"{self.operation} {self.shape} {short_name(self.dtype)}"
@@ -95,7 +100,7 @@ class Row:
     problem: str = ""
     error_share: float | None = None  # the worst row's error as a share of what the rule allows
     peers: dict[str, Timing | str] = field(default_factory=dict)
-    limit: str = ""  # what bounds the case: "cache" or "memory" (copying), "product" (matrix products)
+    limit: str = ""  # what bounds the case: one of Limits.bound
     limit_seconds: float = 0.0
 
     def speedups(self) -> dict[str, float]:
@@ -111,19 +116,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, measured in this run: bytes/s of a copy (read + written), FLOP/s of a product."""
+    """What the machine can do, measured in this run. Bytes/s depend on how many bytes there are: caches."""
 
-    cache_bytes: int
-    cache_copy: float
-    memory_copy: float
-    product: dict[torch.dtype, float]
+    copy: dict[int, float]  # bytes read and written -> bytes/s
+    read: dict[int, float]  # bytes -> bytes/s
+    product: dict[torch.dtype, float]  # FLOP/s
 
-    def bound(self, work: Work, dtype: torch.dtype) -> tuple[str, float]:
-        """(name, seconds) of the limit that binds; a case that fits in half the cache is held to the cache's speed."""
-        where = "cache" if work.bytes <= self.cache_bytes / 2 else "memory"
-        copying = work.bytes / (self.cache_copy if where == "cache" else self.memory_copy)
-        computing = work.flops / self.product[dtype]
-        return (where, copying) if copying >= computing else ("product", computing)
+    def bound(self, work: Work, dtype: torch.dtype, resident: float = 0.0) -> tuple[str, float]:
+        """(name, seconds) of the limit that binds: "copy", "read", "product", or "resident", see resident_seconds."""
+        name, rates = ("read", self.read) if work.reads else ("copy", self.copy)
+        measured = max((size for size in rates if size <= work.bytes), default=min(rates))
+        limits = {
+            name: work.bytes / rates[measured],
+            "product": work.flops / self.product[dtype],
+            "resident": resident,
+        }
+        binding = max(limits, key=limits.__getitem__)
+        return binding, limits[binding]
 
 
 @dataclass
@@ -207,15 +216,34 @@ def measure(calls: dict[str, Call], timer: Timer, pace: Pace, rng: random.Random
     return {name: Timing.of(seconds) for name, seconds in samples.items()}
 
 
+def resident_seconds(case: Case) -> float:
+    """The CPU kernel's forward over rows that don't leave the first caches: what its arithmetic alone takes.
+
+    From what one thread needs for 16 rows more than for 8, so that the call itself doesn't count.
+    """
+    if case.few is None:
+        return 0.0
+    threads, timer = torch.get_num_threads(), CpuTimer()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            calls = {rows: partial(case.ours, **case.few(rows)) for rows in (8, 24)}
+            best = {rows: min(timer(call) for _ in range(1000)) for rows, call in calls.items()}
+    finally:
+        torch.set_num_threads(threads)
+    return (best[24] - best[8]) / 16 * case.rows / threads
+
+
 def run_case(case: Case, backend: str, timer: Timer, limits: Limits, pace: Pace, rng: random.Random) -> Iterator[Row]:
     """Checks the case and yields a row for each of its modes, timed only where the answer is right."""
     inputs = case.inputs()
     check = Check(case, inputs)
     for mode, work in case.work.items():
         row = Row(case.operation, case.shape, short_name(case.dtype), mode, backend)
-        row.limit, row.limit_seconds = limits.bound(work, case.dtype)
         ours = check.caller(mode, case.ours)
         row.problem, row.error_share = check.verdict(mode, ours)
+        resident = resident_seconds(case) if mode == FORWARD and not row.problem else 0.0
+        row.limit, row.limit_seconds = limits.bound(work, case.dtype, resident)
         if not row.problem:
             calls = {"ours": ours}
             for name, function in _peers(case, pace):

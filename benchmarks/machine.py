@@ -27,7 +27,8 @@ def available_threads() -> int:
 
 def measure_limits(device: torch.device, timer: Timer, seconds: float = 0.4) -> Limits:
     """The best of many copies and matrix products; a limit is what can be reached, so no median here."""
-    cache = cache_bytes(device)
+    sizes = [2**20 * megabytes for megabytes in (1, 4, 12, 24)] if device.type == "cpu" else []
+    sizes.append(8 * cache_bytes(device))
 
     def best(function: partial) -> float:
         times: list[float] = []
@@ -40,6 +41,10 @@ def measure_limits(device: torch.device, timer: Timer, seconds: float = 0.4) -> 
         source, target = torch.randn(2, total // 8, device=device)
         return 2 * source.nbytes / best(partial(target.copy_, source))
 
+    def read_rate(total: int) -> float:
+        halves = torch.randn(2, total // 8, device=device)
+        return halves.nbytes / min(best(halves.sum), best(partial(torch.dot, *halves)))
+
     def product_rate(dtype: torch.dtype) -> float:
         size = 8192 if device.type == "cuda" else 1536
         a, b, out = torch.randn(3, size, size, device=device).to(dtype)
@@ -51,9 +56,8 @@ def measure_limits(device: torch.device, timer: Timer, seconds: float = 0.4) -> 
         return 2 * size**3 / seconds
 
     return Limits(
-        cache_bytes=cache,
-        cache_copy=copy_rate(cache // 4),
-        memory_copy=copy_rate(8 * cache),
+        copy={size: copy_rate(size) for size in sizes},
+        read={size: read_rate(size) for size in sizes},
         product={dtype: product_rate(dtype) for dtype in DTYPES},
     )
 

@@ -13,7 +13,7 @@ WIDTH = 100
 PEERS = ("eager", "fused", "compile")  # the table's columns; of several fused kernels it shows the best
 NOISY_SPREAD = 0.15  # a median spread above this is called noisy
 
-Results = dict  # as json.loads gives it back: "environment", "limits", "rows", "end_to_end", "interrupted"
+Results = dict  # as json.loads gives it back: "environment", "limits", "rows", "end_to_end", "interrupted", "scaling"
 
 
 def collect(
@@ -23,9 +23,8 @@ def collect(
     return {
         "environment": environment,
         "limits": {
-            "cache_bytes": limits.cache_bytes,
-            "cache_copy": limits.cache_copy,
-            "memory_copy": limits.memory_copy,
+            "copy": limits.copy,
+            "read": limits.read,
             "product": {short_name(dtype): rate for dtype, rate in limits.product.items()},
         },
         "rows": [
@@ -106,10 +105,11 @@ def format_environment(results: Results) -> str:
     limits = results["limits"]
     products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits["product"].items())
     lines = [f"{name}: {text}" for name, text in results["environment"].items()]
-    lines.append(
-        f"limits: copy {limits['cache_copy'] / 1e9:.0f} GB/s in cache,"
-        f" {limits['memory_copy'] / 1e9:.0f} in memory; product {products}"
-    )
+    rates = [
+        f"{name} " + ", ".join(f"{rate / 1e9:.0f} at {int(size) >> 20} MiB" for size, rate in limits[name].items())
+        for name in ("copy", "read")
+    ]
+    lines.append(f"limits: {'; '.join(rates)} (GB/s); product {products}")
     return "\n".join(line for text in lines for line in _wrap(text))
 
 

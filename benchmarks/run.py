@@ -14,13 +14,14 @@ import torch
 
 import fastformer
 
-from . import bench_hugging_face, machine, report
+from . import bench_hugging_face, machine, report, scaling
 from .harness import Case, Pace, Row, run_case, timer_for
 
 OPERATIONS = ("softmax", "layer_norm", "attention", "feed_forward", "linear_cross_entropy", "rotary")
-# Not in the quick suite.
+# In the full suite alone.
 LONG_OPERATIONS = ("attention_window", "varlen_attn")
 HUGGING_FACE = "hugging_face"
+SUITES = ("quick", "cpu", "full")
 END_TO_END = "gpt"
 PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,6 +31,7 @@ LIMITS_SECONDS = 3.0
 CASE_SECONDS = {False: 2.0, True: 5.0}  # without, with torch.compile
 HUGGING_FACE_SECONDS = 5.0  # a row
 END_TO_END_SECONDS = 60.0
+SCALING_SECONDS = 0.5  # a point
 QUICK_SECONDS = 230.0
 BAR = "{desc:<50.50} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
 
@@ -48,7 +50,10 @@ def main(argv: list[str]) -> int:
         raise ImportError(f"{', '.join(missing)} not installed: pip install fastformer[bench]")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda is not available")
+    if options.device == "cuda" and options.suite == "cpu":
+        raise ValueError("--device: cuda, must be cpu with --suite cpu")
     picture, data = options.out / "benchmark.png", options.json or options.out / "benchmark.json"
+    curves = options.out / "scaling.png"
     for path in (picture, data):  # a folder that can't be made is better known now than in four minutes
         path.parent.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
@@ -59,12 +64,14 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(threads)
     report.write_json(results, data)
     report.write_picture(results, picture)
+    if results["scaling"]:
+        scaling.write_picture(results["scaling"], curves)
     print(report.format_environment(results))
     if results["rows"]:
         print(f"\n{report.format_table(results)}")
     if results["end_to_end"]:
         print(f"\n{report.format_end_to_end(results['end_to_end'])}")
-    print(f"\nwritten: {data}, {picture}")
+    print(f"\nwritten: {', '.join(map(str, [data, picture, *([curves] if results['scaling'] else [])]))}")
     if results["interrupted"]:
         print("interrupted: this is what there was", file=sys.stderr)
         return 130
@@ -76,12 +83,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="fastformer bench",
         description="Checks every operation against a float64 reference, times it beside torch's, trains a GPT.",
     )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="at most 4 minutes on 2 cores (the default)")
-    length.add_argument("--thorough", action="store_true", help="ten times as many samples, no time limit")
+    parser.add_argument(
+        "--suite",
+        choices=SUITES,
+        default="quick",
+        help="quick: at most 4 minutes on 2 cores (the default); cpu: more sizes, and how times grow with them, without"
+        " torch.compile of single operations; full: ten times as many samples, everything, no time limit",
+    )
     names = (*OPERATIONS, END_TO_END, *LONG_OPERATIONS, HUGGING_FACE)
     only_named = ", ".join((*LONG_OPERATIONS, HUGGING_FACE))
-    metavar = f"OP ({', '.join((*OPERATIONS, END_TO_END))}; only if named or with --thorough: {only_named})"
+    metavar = f"OP ({', '.join((*OPERATIONS, END_TO_END))}; only if named or with --suite full: {only_named})"
     parser.add_argument("--only", action="append", choices=names, metavar="OP", help=f"run this {metavar}; repeatable")
     parser.add_argument("--skip", action="append", choices=names, metavar="OP", default=[], help="leave this out")
     parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); whole models are float32")
@@ -99,24 +110,31 @@ def _run(options: argparse.Namespace) -> report.Results:
 
     device, backend = torch.device(options.device), BACKENDS[options.device]
     torch.manual_seed(0)
-    compiles = not options.no_compile
-    if options.thorough:
+    compiles = not options.no_compile and options.suite != "cpu"
+    if options.suite == "full":
         pace = Pace(compile=compiles, row_seconds=5.0, min_rounds=10, max_rounds=1000)
     else:
-        pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS)
-    long = (*LONG_OPERATIONS, HUGGING_FACE) if options.thorough else ()
+        pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS if options.suite == "quick" else None)
+    long = (*LONG_OPERATIONS, HUGGING_FACE) if options.suite == "full" else ()
     wanted = [name for name in options.only or (*OPERATIONS, *long, END_TO_END) if name not in options.skip]
     dtypes = [DTYPES[options.dtype]] if options.dtype else list(DTYPES.values())
     cases = [
-        case for name in (*OPERATIONS, *LONG_OPERATIONS) if name in wanted for case in _cases(name, device, dtypes)
+        case
+        for name in (*OPERATIONS, *LONG_OPERATIONS)
+        if name in wanted
+        for case in _cases(name, device, dtypes, more=options.suite == "cpu")
     ]
     expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
     total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
     total += HUGGING_FACE_SECONDS * bench_hugging_face.COUNT if HUGGING_FACE in wanted else 0
+    # Of the whole suite, not of what is picked from it.
+    threads = {1, torch.get_num_threads()} if options.suite == "cpu" and not options.only else set()
+    total += SCALING_SECONDS * scaling.POINTS * len(threads)
 
     environment = machine.environment(device)
     timer, rng = timer_for(device), random.Random(0)
     rows: list[Row] = []
+    curves: list[scaling.Point] = []
     comparison, interrupted = None, False
     with tqdm(total=total, smoothing=0, bar_format=BAR, file=sys.stderr) as bar:
         bar.set_description_str("what the machine can do")
@@ -131,10 +149,16 @@ def _run(options: argparse.Namespace) -> report.Results:
                 bar.update(seconds)
             if HUGGING_FACE in wanted:
                 bar.set_description_str("transformers' models, plain and accelerated")
-                own_pace = pace if options.thorough else Pace(compile=False, row_seconds=1.0, min_rounds=9)
+                own_pace = pace if options.suite == "full" else Pace(compile=False, row_seconds=1.0, min_rounds=9)
                 for row in bench_hugging_face.rows(device, timer, limits, own_pace, rng):
                     rows.append(row)
                     bar.update(HUGGING_FACE_SECONDS)
+            bar.set_description_str("how times grow")
+            for count in sorted(threads):
+                with fastformer.backend(backend):
+                    for point in scaling.points(count, rng):
+                        curves.append(point)
+                        bar.update(SCALING_SECONDS)
             if END_TO_END in wanted:
                 from .bench_gpt import STEPS, Comparison
 
@@ -144,11 +168,14 @@ def _run(options: argparse.Namespace) -> report.Results:
         except KeyboardInterrupt:
             interrupted = True
     end_to_end = comparison.results() if comparison else None
-    return report.collect(environment, limits, rows, end_to_end, interrupted=interrupted)
+    results = report.collect(environment, limits, rows, end_to_end, interrupted=interrupted)
+    return results | {"scaling": scaling.as_rows(curves)}
 
 
-def _cases(operation: str, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Case]:
-    """An operation's cases, the dtypes of one shape side by side."""
+def _cases(operation: str, device: torch.device, dtypes: list[torch.dtype], *, more: bool = False) -> Iterator[Case]:
+    """An operation's cases, the dtypes of one shape side by side; with ``more`` those of the CPU's suite too."""
     module = import_module(f".bench_{operation}", __package__)
-    for same_shape in zip(*(module.cases(device, dtype) for dtype in dtypes)):
-        yield from same_shape
+    sources = [module.cases, *([module.more_cases] if more and hasattr(module, "more_cases") else [])]
+    for source in sources:
+        for same_shape in zip(*(source(device, dtype) for dtype in dtypes)):
+            yield from same_shape

@@ -6,17 +6,20 @@ import json
 import random
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastformer.benchmarks import bench_gpt, harness, machine, readme_table, report, run
+from fastformer.benchmarks import bench_gpt, harness, machine, readme_table, report, run, scaling
 from fastformer.benchmarks.harness import FORWARD, TRAINING, Case, Limits, Pace, Timing, Work
 
 LIMITS = Limits(
-    cache_bytes=2**20, cache_copy=1e11, memory_copy=1e10, product={torch.float32: 1e11, torch.bfloat16: 2e11}
+    copy={2**10: 1e11, 2**20: 1e10},
+    read={2**10: 2e11, 2**20: 2e10},
+    product={torch.float32: 1e11, torch.bfloat16: 2e11},
 )
 PACE = Pace(row_seconds=0.0, compile=False)
 
@@ -132,7 +135,7 @@ def test_wrong_gradient_keeps_the_forward_time() -> None:
 def test_wrong_kernel_ends_the_command_with_status_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(run, "_cases", lambda *arguments: iter([case(), case(wrong_value, shape="wrong")]))
+    monkeypatch.setattr(run, "_cases", lambda *_, **__: iter([case(), case(wrong_value, shape="wrong")]))
     monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
     data = tmp_path / "folder" / "results.json"
     arguments = ["--only", "softmax", "--device", "cpu", "--out", str(tmp_path), "--json", str(data)]
@@ -149,7 +152,7 @@ def test_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_p
     def interrupt(input: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "_cases", lambda *arguments: iter([case(), case(interrupt)]))
+    monkeypatch.setattr(run, "_cases", lambda *_, **__: iter([case(), case(interrupt)]))
     monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
     assert run.main(["--only", "softmax", "--device", "cpu", "--out", str(tmp_path)]) == 130
     results = json.loads((tmp_path / "benchmark.json").read_text())
@@ -202,9 +205,40 @@ def test_rounds_end_with_the_budget_and_are_in_random_order() -> None:
 
 
 def test_limits_bind() -> None:
-    assert LIMITS.bound(Work(bytes=1000, flops=0), torch.float32) == ("cache", 1000 / 1e11)
-    assert LIMITS.bound(Work(bytes=10**9, flops=0), torch.float32) == ("memory", 0.1)
+    assert LIMITS.bound(Work(bytes=100, flops=0), torch.float32) == ("copy", 100 / 1e11)
+    assert LIMITS.bound(Work(bytes=2000, flops=0), torch.float32) == ("copy", 2000 / 1e11)
+    assert LIMITS.bound(Work(bytes=10**9, flops=0), torch.float32) == ("copy", 0.1)
+    assert LIMITS.bound(Work(bytes=10**9, flops=0, reads=True), torch.float32) == ("read", 0.05)
     assert LIMITS.bound(Work(bytes=1000, flops=2 * 10**11), torch.bfloat16) == ("product", 1.0)
+    assert LIMITS.bound(Work(bytes=1000, flops=0), torch.float32, 0.5) == ("resident", 0.5)
+
+
+def test_resident_seconds_are_those_of_the_rows_alone() -> None:
+    """A call that takes 0.5 ms, and 0.01 ms a row."""
+
+    def call(input: Tensor) -> Tensor:
+        end = time.perf_counter() + 5e-4 + 1e-5 * len(input)
+        while time.perf_counter() < end:
+            pass
+        return input
+
+    few = case(call, rows=1000, few=lambda rows: {"input": torch.zeros(rows, 5)})
+    expected = 1e-5 * 1000 / torch.get_num_threads()
+    assert harness.resident_seconds(few) == pytest.approx(expected, rel=0.2)
+    assert harness.resident_seconds(case(call)) == 0
+
+
+def test_scaling_points_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scaling, "LENGTHS", (8, 16))
+    monkeypatch.setattr(scaling, "WIDTHS", (64,))
+    threads = torch.get_num_threads()
+    found = [point for count in (1, 2) for point in scaling.points(count, random.Random(0))]
+    assert torch.get_num_threads() == threads
+    sizes = [(x.operation, x.size, x.threads, x.dtype) for x in found]
+    assert len(set(sizes)) == len(sizes) == 2 * 2 * 4
+    assert all(0 < seconds < 1 for x in found for seconds in (x.ours, x.torch))
+    scaling.write_picture(json.loads(json.dumps(scaling.as_rows(found))), tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("device", run.BACKENDS)
@@ -212,7 +246,7 @@ def test_limits_bind() -> None:
 def test_every_case_fits_the_table(operation: str, device: str) -> None:
     timing = Timing(123.4567, 100.0, 150.0, 3)
     with FakeTensorMode():  # a device that may not be there
-        cases = list(run._cases(operation, torch.device(device), list(run.DTYPES.values())))
+        cases = list(run._cases(operation, torch.device(device), list(run.DTYPES.values()), more=device == "cpu"))
     rows = [
         harness.Row(
             the_case.operation,
@@ -326,7 +360,7 @@ def test_failed_run_is_not_for_the_readme() -> None:
         readme_table.tables(results_of(rows_of(case(wrong_value))))
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nonsense"], ["--dtype", "int8"], ["--quick", "--thorough"]])
+@pytest.mark.parametrize("arguments", [["--only", "nonsense"], ["--dtype", "int8"], ["--suite", "slow"]])
 def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         run.main(arguments)
