@@ -13,8 +13,12 @@ void check_row_vector(const std::optional<Tensor>& tensor, int64_t cols, const c
                   " must be a vector as long as a row of input");
 }
 
-std::optional<Tensor> as_float(const std::optional<Tensor>& tensor, const char* name) {
-  return tensor.has_value() ? std::optional<Tensor>(fastformer::as_float(*tensor, name)) : std::nullopt;
+std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(fastformer::as_contiguous(*tensor)) : std::nullopt;
+}
+
+DType dtype_of(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor.has_value() ? fastformer::dtype_of(*tensor, name) : DType::float32;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input,
@@ -22,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
                                                               const std::optional<Tensor>& weight,
                                                               const std::optional<Tensor>& bias, double eps, bool rms) {
   STD_TORCH_CHECK(input.dim() >= 1, "input must have at least one dimension");
-  const Tensor x = as_contiguous(input);
+  const Tensor x = fastformer::as_contiguous(input);
   const int64_t cols = x.size(x.dim() - 1), rows = cols == 0 ? 0 : x.numel() / cols;
   check_row_vector(weight, cols, "weight");
   check_row_vector(bias, cols, "bias");
@@ -30,30 +34,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
   if (residual.has_value()) {
     STD_TORCH_CHECK(same_sizes(*residual, x), "residual must have the shape of input");
     STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), "residual must have the dtype of input");
-    r = as_contiguous(*residual);
+    r = fastformer::as_contiguous(*residual);
   }
-  const Tensor output = torch::stable::empty_like(x);
-  const Tensor summed = r.has_value() ? torch::stable::empty_like(x) : no_result(x);
+  const Tensor output = fresh_like(x);
+  const Tensor summed = r.has_value() ? fresh_like(x) : no_result(x);
   const Tensor mean = empty_like_sizes(x, {rms ? 0 : rows}, ScalarType::Float);
   const Tensor rstd = empty_like_sizes(x, {rows}, ScalarType::Float);
-  const std::optional<Tensor> w = as_float(weight, "weight"), b = as_float(bias, "bias");
+  const std::optional<Tensor> w = as_contiguous(weight), b = as_contiguous(bias);
   const LayerNormForward args{
       .input = pointer(x),
       .residual = pointer(r),
-      .weight = pointer<float>(w),
-      .bias = pointer<float>(b),
+      .weight = pointer(w),
+      .bias = pointer(b),
       .output = mutable_pointer(output),
       .summed = mutable_pointer(summed),
       .mean = rms ? nullptr : mutable_pointer<float>(mean),
       .rstd = mutable_pointer<float>(rstd),
-      .dtype = dtype_of(x, "input"),
+      .dtype = fastformer::dtype_of(x, "input"),
+      .weight_dtype = dtype_of(weight, "weight"),
+      .bias_dtype = dtype_of(bias, "bias"),
       .cols = cols,
       .eps = static_cast<float>(eps),
   };
   const LayerNormKernels& kernels = layer_norm_kernels();
   torch::stable::parallel_for(0, rows, row_grain(cols * 4), [&](int64_t begin, int64_t end) {
-    const Scratch row(cols * sizeof(float));
-    kernels.forward(args, begin, end, row.as<float>());
+    const Scratch scratch(2 * cols * sizeof(float));
+    kernels.forward(args, begin, end, scratch.as<float>());
   });
   return {output, summed, mean, rstd};
 }
@@ -68,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
                                                        const Tensor& rstd, bool has_bias, bool rms) {
   STD_TORCH_CHECK(same_sizes(grad_output, summed), "grad_output must have the shape of summed");
   STD_TORCH_CHECK(grad_output.scalar_type() == summed.scalar_type(), "grad_output must have the dtype of summed");
-  const Tensor x = as_contiguous(summed), grad = as_contiguous(grad_output);
+  const Tensor x = fastformer::as_contiguous(summed), grad = fastformer::as_contiguous(grad_output);
   const int64_t cols = x.size(x.dim() - 1), rows = cols == 0 ? 0 : x.numel() / cols;
   check_row_vector(weight, cols, "weight");
   STD_TORCH_CHECK(rstd.numel() == rows && (rms || mean.numel() == rows), "mean and rstd must have an element a row");
@@ -78,20 +84,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   if (grad_summed.has_value()) {
     STD_TORCH_CHECK(same_sizes(*grad_summed, x) && grad_summed->scalar_type() == x.scalar_type(),
                     "grad_summed must have the shape and dtype of summed");
-    gs = as_contiguous(*grad_summed);
+    gs = fastformer::as_contiguous(*grad_summed);
   }
-  const std::optional<Tensor> w = as_float(weight, "weight");
-  const Tensor m = as_contiguous(mean), r = as_contiguous(rstd);
-  const Tensor grad_input = torch::stable::empty_like(x);
+  const std::optional<Tensor> w = as_contiguous(weight);
+  const Tensor m = fastformer::as_contiguous(mean), r = fastformer::as_contiguous(rstd);
+  const Tensor grad_input = fresh_like(x);
   const LayerNormBackward args{
       .grad_output = pointer(grad),
       .grad_summed = pointer(gs),
       .summed = pointer(x),
-      .weight = pointer<float>(w),
+      .weight = pointer(w),
       .mean = rms ? nullptr : pointer<float>(m),
       .rstd = pointer<float>(r),
       .grad_input = mutable_pointer(grad_input),
-      .dtype = dtype_of(x, "summed"),
+      .dtype = fastformer::dtype_of(x, "summed"),
+      .weight_dtype = dtype_of(weight, "weight"),
       .cols = cols,
   };
   const bool has_weight = weight.has_value();
@@ -100,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const LayerNormKernels& kernels = layer_norm_kernels();
   const int64_t partials_per_task = std::max<int64_t>(1, row_grain(cols * 4) / kRowsPerPartial);
   torch::stable::parallel_for(0, partials, partials_per_task, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(2 * cols * sizeof(float));
+    const Scratch scratch(cols * sizeof(float));
     for (int64_t p = begin; p < end; ++p) {
       float* partial = sums.as<float>() + p * 2 * cols;
       std::fill_n(partial, 2 * cols, 0.0f);

@@ -11,7 +11,7 @@ Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, d
   STD_TORCH_CHECK(!is_causal || dims >= 2, "is_causal: input must have rows and columns");
   STD_TORCH_CHECK(!mask.has_value() || (dims <= 4 && mask->dim() <= dims), "mask: input may have at most 4 dimensions");
   const Tensor x = as_contiguous(input);
-  const Tensor y = torch::stable::empty_like(x);
+  const Tensor y = fresh_like(x);
   if (x.numel() == 0) return y;
   const auto size = [&](int64_t from_last) { return dims >= from_last ? x.size(dims - from_last) : 1; };
   const int64_t cols = size(1), rows = size(2), heads = size(3), outer = x.numel() / (cols * rows * heads);
@@ -42,7 +42,7 @@ Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, double 
   STD_TORCH_CHECK(same_sizes(grad_output, output), "grad_output must have the shape of output");
   STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type(), "grad_output must have the dtype of output");
   const Tensor grad = as_contiguous(grad_output), y = as_contiguous(output);
-  const Tensor result = torch::stable::empty_like(y);
+  const Tensor result = fresh_like(y);
   if (y.numel() == 0) return result;
   const int64_t cols = y.size(y.dim() - 1);
   const SoftmaxBackward args{pointer(grad),         pointer(y), mutable_pointer(result),

@@ -51,21 +51,6 @@ FASTFORMER_INLINE float sum_lanes(int64_t cols, F f) {
   return reduce_add(total);
 }
 
-// Whether that many rows are more than a second-level cache holds, so that fetching ahead pays.
-template <typename T>
-FASTFORMER_INLINE bool beyond_cache(int64_t rows, int64_t cols) {
-  return rows * cols * static_cast<int64_t>(sizeof(T)) > (1 << 20);
-}
-
-// Asks for the row after `row`, to be read or written soon. Without it the arithmetic on one row and the memory traffic
-// of the next take turns: softmax of 4096 x 768 floats took 1.5 ms a core on a Zen 5, and takes 0.75.
-template <typename T>
-FASTFORMER_INLINE void prefetch_next(const T* row, int64_t cols) {
-  constexpr int64_t kLine = 64 / sizeof(T), kMostCols = 16384 / sizeof(T);  // wider rows overlap by themselves
-  if (cols > kMostCols) return;
-  for (int64_t i = 0; i < cols; i += kLine) __builtin_prefetch(row + cols + i);
-}
-
 // The other side of products_in() in csrc/cpu/product.h.
 template <typename T>
 struct ProductOf {

@@ -1,108 +1,163 @@
 #include "layer_norm.h"
 
-#include "lanes.h"
+#include "row_pipeline.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
+// A vector's elements as floats, in the order in which load_pair<T> gives a row's. `room` holds cols floats.
 template <typename T>
-void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* row_values) {
-  const float inverse = 1.0f / static_cast<float>(a.cols);
-  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = row * a.cols;
-    const T* input = static_cast<const T*>(a.input) + offset;
-    const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + offset;
-    T* summed = static_cast<T*>(a.summed) + offset;
-    T* output = static_cast<T*>(a.output) + offset;
-    if (fetch_ahead && row + 1 < end) {
-      prefetch_next(input, a.cols);
-      prefetch_next(output, a.cols);
-      if (residual != nullptr) {
-        prefetch_next(residual, a.cols);
-        prefetch_next(summed, a.cols);
-      }
-    }
-    if (residual == nullptr) {
-      for_lanes(0, a.cols,
-                [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(row_values + i, load_n(input + i, n), n); });
-    } else {
-      // What is normed is the sum as it was rounded for `summed`: what an unfused pair would norm.
-      for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-        store_n(summed + i, load_n(input + i, n) + load_n(residual + i, n), n);
-        store_n(row_values + i, load_n(summed + i, n), n);
+const float* in_row_order(const void* vector, DType dtype, int64_t cols, float* room) {
+  if (vector == nullptr) return nullptr;
+  visit(dtype, [&]<typename W>() {
+    const W* const from = static_cast<const W*>(vector);
+    for_pairs(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      const Pair v = n == kPair ? in_pair_order<T>({load(from + i), load(from + i + kLanes)}) : load_pair(from + i, n);
+      store_pair(room + i, v, n);
+    });
+  });
+  return room;
+}
+
+template <typename T>
+FASTFORMER_INLINE const T* row_of(const void* matrix, int64_t row, int64_t cols) {
+  return static_cast<const T*>(matrix) + row * cols;
+}
+template <typename T>
+FASTFORMER_INLINE T* row_of(void* matrix, int64_t row, int64_t cols) {
+  return static_cast<T*>(matrix) + row * cols;
+}
+
+// Step 0 sums a row, 1 its squares about the mean (sums of squares would cancel where the mean is large), 2 norms it.
+template <typename T, bool has_residual>
+void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* scratch) {
+  constexpr int kReadBytes = has_residual ? kReadAhead / 2 : kReadAhead;
+  constexpr int kWriteBytes = has_residual ? kWriteAhead / 2 : kWriteAhead;
+  const int64_t cols = a.cols;
+  const float inverse = 1.0f / static_cast<float>(cols);
+  const float* const weight = in_row_order<T>(a.weight, a.weight_dtype, cols, scratch);
+  const float* const bias = in_row_order<T>(a.bias, a.bias_dtype, cols, scratch + cols);
+  const void* const x = has_residual ? a.summed : a.input;
+  float mean = 0.0f, normed_mean = 0.0f, rstd = 0.0f;  // of the rows of steps 1, 2 and 2
+  const bool overlap = cols * static_cast<int64_t>(sizeof(T)) <= kNormOverlap;
+  pipeline_rows<3>(begin, end, overlap, [&]<int S>(int64_t row) FASTFORMER_LAMBDA {
+    const T* const input = row_of<T>(a.input, row, cols);
+    const T* const residual = row_of<T>(a.residual, row, cols);
+    T* const summed = row_of<T>(a.summed, row, cols);
+    const T* const centred = row_of<T>(x, row - 1, cols);
+    const T* const normed = row_of<T>(x, row - 2, cols);
+    T* const output = row_of<T>(a.output, row - 2, cols);
+    const Pair centre = both(broadcast(mean)), normed_centre = both(broadcast(normed_mean));
+    const Pair factor = both(broadcast(rstd));
+    Pair sum = both(zero()), square = both(zero());
+    for (int64_t block = 0; block < cols; block += kSumBlock) {
+      Pair block_sum = both(zero()), block_square = both(zero());
+      for_pairs(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+        if (S & 1) {
+          fetch<kReadBytes>(input + i);
+          Pair v = load_pair(input + i, n);
+          if (has_residual) {
+            fetch<kReadBytes>(residual + i);
+            fetch<kWriteBytes>(summed + i);
+            // What is normed is the sum as it was rounded for `summed`: what an unfused pair would
+            // norm.
+            store_pair(summed + i, v + load_pair(residual + i, n), n);
+            v = load_pair(summed + i, n);
+          }
+          block_sum = block_sum + v;
+        }
+        if (S & 2) {
+          const Pair v = keep(load_pair(centred + i, n) - centre, n, zero());
+          block_square = fma(v, v, block_square);
+        }
+        if (S & 4) {
+          fetch<kWriteBytes>(output + i);
+          Pair y = (load_pair(normed + i, n) - normed_centre) * factor;
+          if (weight != nullptr) y = y * load_pair(weight + i, n);
+          if (bias != nullptr) y = y + load_pair(bias + i, n);
+          store_pair(output + i, y, n);
+        }
       });
+      sum = sum + block_sum;
+      square = square + block_square;
     }
-    float mean = 0.0f;
-    if (a.mean != nullptr) {
-      mean = inverse * sum_lanes(a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(row_values + i, n); });
+    if (S & 2) {
+      normed_mean = mean;
+      rstd = 1.0f / sqrtf(inverse * reduce_add(square.first + square.second) + a.eps);
+      a.rstd[row - 1] = rstd;
+    }
+    if ((S & 1) && a.mean != nullptr) {
+      mean = inverse * reduce_add(sum.first + sum.second);
       a.mean[row] = mean;
     }
-    const Vec centre = broadcast(mean);
-    // The variance from centred values: sums of squares would cancel where the mean is large.
-    const float variance = inverse * sum_lanes(a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-                             const Vec centred = load_n(row_values + i, n) - centre;
-                             const Vec square = centred * centred;
-                             return n == kLanes ? square : select(first_n(n), square, zero());
-                           });
-    const float rstd = 1.0f / sqrtf(variance + a.eps);
-    a.rstd[row] = rstd;
-    const Vec factor = broadcast(rstd);
-    for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      Vec y = (load_n(row_values + i, n) - centre) * factor;
-      if (a.weight != nullptr) y = y * load_n(a.weight + i, n);
-      if (a.bias != nullptr) y = y + load_n(a.bias + i, n);
-      store_n(output + i, y, n);
-    });
-  }
+  });
 }
 
 // With g = grad_output * weight and xhat = (summed - mean) rstd:
 //   grad_input = rstd (g - mean(g) - xhat mean(g xhat)) + grad_summed        (RMS norm: without mean(g))
+// Step 0 takes the sums over a row and adds it to the gradients of weight and bias, 1 is the line above.
 template <typename T>
 void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float* grad_weight, float* grad_bias,
                    float* scratch) {
-  const float inverse = 1.0f / static_cast<float>(a.cols);
-  float* const normed = scratch;
-  float* const scaled = scratch + a.cols;
-  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = row * a.cols;
-    const T* grad = static_cast<const T*>(a.grad_output) + offset;
-    const T* summed = static_cast<const T*>(a.summed) + offset;
-    const T* grad_summed = a.grad_summed == nullptr ? nullptr : static_cast<const T*>(a.grad_summed) + offset;
-    T* grad_input = static_cast<T*>(a.grad_input) + offset;
-    if (fetch_ahead && row + 1 < end) {
-      prefetch_next(grad, a.cols);
-      prefetch_next(summed, a.cols);
-      prefetch_next(grad_input, a.cols);
-      if (grad_summed != nullptr) prefetch_next(grad_summed, a.cols);
+  const int64_t cols = a.cols;
+  const float inverse = 1.0f / static_cast<float>(cols);
+  const float* const weight = in_row_order<float>(a.weight, a.weight_dtype, cols, scratch);
+  float mean_g = 0.0f, mean_gx = 0.0f;  // of the row of step 1
+  const bool overlap = kOverlapBackward<T> && cols * static_cast<int64_t>(sizeof(T)) <= kNormOverlap;
+  pipeline_rows<2>(begin, end, overlap, [&]<int S>(int64_t row) FASTFORMER_LAMBDA {
+    const T* const grad = row_of<T>(a.grad_output, row, cols);
+    const T* const summed = row_of<T>(a.summed, row, cols);
+    T* const grad_input = row_of<T>(a.grad_input, row - 1, cols);
+    const auto statistic = [&](const float* of_rows, int step) FASTFORMER_LAMBDA {
+      return broadcast(of_rows != nullptr && (S & (1 << step)) ? of_rows[row - step] : 0.0f);
+    };
+    const Vec mean[] = {statistic(a.mean, 0), statistic(a.mean, 1)};
+    const Vec rstd[] = {statistic(a.rstd, 0), statistic(a.rstd, 1)};
+    const Vec m_g = broadcast(mean_g), m_gx = broadcast(mean_gx);
+    Vec sum_g = zero(), sum_gx = zero();
+    for (int64_t block = 0; block < cols; block += kSumBlock) {
+      Vec block_g = zero(), block_gx = zero();
+      for_lanes(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+        const Vec w = weight == nullptr ? broadcast(1.0f) : load_n(weight + i, n);
+        if (S & 1) {
+          if (kOverlapBackward<T>) {
+            fetch<kReadAhead / 2, kLanes>(grad + i);
+            fetch<kReadAhead / 2, kLanes>(summed + i);
+          }
+          const Vec dy = load_n(grad + i, n), g = dy * w;
+          const Vec xhat = (load_n(summed + i, n) - mean[0]) * rstd[0];
+          block_g = block_g + g;
+          block_gx = fma(g, xhat, block_gx);
+          if (grad_weight != nullptr) store_n(grad_weight + i, fma(dy, xhat, load_n(grad_weight + i, n)), n);
+          if (grad_bias != nullptr) store_n(grad_bias + i, load_n(grad_bias + i, n) + dy, n);
+        }
+        if (S & 2) {
+          if (kOverlapBackward<T>) fetch<kWriteAhead, kLanes>(grad_input + i);
+          const Vec g = load_n(grad - cols + i, n) * w;
+          const Vec xhat = (load_n(summed - cols + i, n) - mean[1]) * rstd[1];
+          Vec dx = (g - m_g - xhat * m_gx) * rstd[1];
+          if (a.grad_summed != nullptr) dx = dx + load_n(row_of<T>(a.grad_summed, row - 1, cols) + i, n);
+          store_n(grad_input + i, dx, n);
+        }
+      });
+      sum_g = sum_g + block_g;
+      sum_gx = sum_gx + block_gx;
     }
-    const Vec centre = broadcast(a.mean == nullptr ? 0.0f : a.mean[row]), rstd = broadcast(a.rstd[row]);
-    for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      const Vec dy = load_n(grad + i, n);
-      const Vec xhat = (load_n(summed + i, n) - centre) * rstd;
-      const Vec g = a.weight == nullptr ? dy : dy * load_n(a.weight + i, n);
-      store_n(normed + i, xhat, n);
-      store_n(scaled + i, g, n);
-      if (grad_weight != nullptr) store_n(grad_weight + i, fma(dy, xhat, load_n(grad_weight + i, n)), n);
-      if (grad_bias != nullptr) store_n(grad_bias + i, load_n(grad_bias + i, n) + dy, n);
-    });
-    const auto sum_g = [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(scaled + i, n); };
-    const auto sum_gx = [&](int64_t i, int n)
-                            FASTFORMER_LAMBDA { return load_n(scaled + i, n) * load_n(normed + i, n); };
-    const Vec mean_g = broadcast(a.mean == nullptr ? 0.0f : inverse * sum_lanes(a.cols, sum_g));
-    const Vec mean_gx = broadcast(inverse * sum_lanes(a.cols, sum_gx));
-    for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      Vec dx = (load_n(scaled + i, n) - mean_g - load_n(normed + i, n) * mean_gx) * rstd;
-      if (grad_summed != nullptr) dx = dx + load_n(grad_summed + i, n);
-      store_n(grad_input + i, dx, n);
-    });
-  }
+    if (S & 1) {
+      if (a.mean != nullptr) mean_g = inverse * reduce_add(sum_g);
+      mean_gx = inverse * reduce_add(sum_gx);
+    }
+  });
 }
 
 void forward(const LayerNormForward& args, int64_t begin, int64_t end, float* scratch) {
-  visit(args.dtype, [&]<typename T>() { forward_rows<T>(args, begin, end, scratch); });
+  visit(args.dtype, [&]<typename T>() {
+    if (args.residual != nullptr) {
+      forward_rows<T, true>(args, begin, end, scratch);
+    } else {
+      forward_rows<T, false>(args, begin, end, scratch);
+    }
+  });
 }
 
 void backward(const LayerNormBackward& args, int64_t begin, int64_t end, float* grad_weight, float* grad_bias,

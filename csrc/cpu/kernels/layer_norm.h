@@ -9,13 +9,14 @@ namespace fastformer {
 struct LayerNormForward {
   const void* input;     // [rows, cols]
   const void* residual;  // [rows, cols], or null
-  const float* weight;   // [cols], or null
-  const float* bias;     // [cols], or null
+  const void* weight;    // [cols], or null
+  const void* bias;      // [cols], or null
   void* output;          // [rows, cols]
   void* summed;          // [rows, cols] where there is a residual
   float* mean;           // [rows]; null for RMS norm
   float* rstd;           // [rows]
   DType dtype;           // of input, residual, output and summed
+  DType weight_dtype, bias_dtype;
   int64_t cols;
   float eps;
 };
@@ -24,19 +25,20 @@ struct LayerNormBackward {
   const void* grad_output;  // [rows, cols]
   const void* grad_summed;  // [rows, cols], or null
   const void* summed;       // [rows, cols]
-  const float* weight;      // [cols], or null
+  const void* weight;       // [cols], or null
   const float* mean;        // [rows]; null for RMS norm
   const float* rstd;        // [rows]
   void* grad_input;         // [rows, cols]
-  DType dtype;
+  DType dtype;              // of gradients and summed
+  DType weight_dtype;
   int64_t cols;
 };
 
 struct LayerNormKernels {
-  // Rows [begin, end); scratch holds cols floats.
+  // Rows [begin, end); scratch holds 2 * cols floats.
   void (*forward)(const LayerNormForward&, int64_t begin, int64_t end, float* scratch);
   // grad_input of rows [begin, end), and their sums of grad_output * normed and grad_output added into grad_weight and
-  // grad_bias ([cols] each, either may be null); scratch holds 2 * cols floats.
+  // grad_bias ([cols] each, either may be null); scratch holds cols floats.
   void (*backward)(const LayerNormBackward&, int64_t begin, int64_t end, float* grad_weight, float* grad_bias,
                    float* scratch);
 };

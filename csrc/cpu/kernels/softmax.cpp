@@ -1,9 +1,77 @@
 #include "softmax.h"
 
-#include "lanes.h"
+#include "exp2_short.h"
+#include "row_pipeline.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
+
+// e^x for x <= 0, as exactly as T can tell.
+template <typename T>
+FASTFORMER_INLINE Vec exp_for(Vec x) {
+  return exp2_short<T>(x * broadcast(1.44269504f));
+}
+template <>
+inline __attribute__((always_inline)) Vec exp_for<float>(Vec x) {
+  return exp_to_89(x);
+}
+
+// What the three steps of a row hand on.
+struct Progress {
+  float peak = 0.0f;     // the greatest score of the row of step 1
+  float inverse = 0.0f;  // 1 / the sum of exponentials of the row of step 2, 0 if there are none
+};
+
+// Step 0 takes the maximum of scale x0, step 1 the exponentials of scale x1 and their sum, step 2 writes them to y2.
+// `exponentials` holds a row between steps 1 and 2. X is T, or float for scores that have a mask in them.
+template <typename T, int S, typename X>
+FASTFORMER_INLINE void softmax_steps(const X* x0, const X* x1, T* y2, int64_t cols, float scale, float* exponentials,
+                                     Progress& progress) {
+  const Pair factor = both(broadcast(scale)), shift = both(broadcast(-progress.peak));
+  const Pair inverse = both(broadcast(progress.inverse));
+  const Vec least = broadcast(-INFINITY);
+  Pair peak = both(least), sum = both(zero());
+  for (int64_t block = 0; block < cols; block += kSumBlock) {
+    Pair block_sum = both(zero());
+    for_pairs(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      if (S & 1) {
+        fetch<kReadAhead>(x0 + i);
+        peak = max(peak, keep(load_pair(x0 + i, n) * factor, n, least));
+      }
+      if (S & 4) {
+        fetch<kWriteAhead>(y2 + i);
+        store_pair(y2 + i, load_pair(exponentials + i, n) * inverse, n);
+      }
+      if (S & 2) {
+        const Pair score = fma(load_pair(x1 + i, n), factor, shift);
+        const Pair exponential = {exp_for<T>(score.first), exp_for<T>(score.second)};
+        store_pair(exponentials + i, exponential, n);
+        block_sum = block_sum + keep(exponential, n, zero());
+      }
+    });
+    sum = sum + block_sum;
+  }
+  if (S & 2) {
+    const float total = reduce_add(sum.first + sum.second);
+    progress.inverse = total == 0.0f ? 0.0f : 1.0f / total;  // 0: nothing to attend to
+  }
+  if (S & 1) {
+    const float greatest = reduce_max(max(peak.first, peak.second));
+    progress.peak = greatest == -INFINITY ? 0.0f : greatest;
+  }
+}
+
+template <typename T>
+void plain_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* exponentials) {
+  const T* const input = static_cast<const T*>(a.input);
+  T* const output = static_cast<T*>(a.output);
+  Progress progress;
+  const bool overlap = a.cols * static_cast<int64_t>(sizeof(T)) <= kSoftmaxOverlap;
+  pipeline_rows<3>(begin, end, overlap, [&]<int S>(int64_t row) FASTFORMER_LAMBDA {
+    softmax_steps<T, S>(input + row * a.cols, input + (row - 1) * a.cols, output + (row - 2) * a.cols, a.cols, a.scale,
+                        exponentials, progress);
+  });
+}
 
 // scores = scale x.
 template <typename T>
@@ -21,92 +89,80 @@ void add_mask(const M* mask, int64_t stride, float* scores, int64_t cols) {
   for (int64_t i = 0; i < cols; ++i) scores[i] += to_float(mask[i * stride]);
 }
 
-float row_max(const float* scores, int64_t cols) {
-  Vec peak = broadcast(-INFINITY);
-  int64_t i = 0;
-  for (; i + kLanes <= cols; i += kLanes) peak = max(peak, load(scores + i));
-  float result = reduce_max(peak);
-  for (; i < cols; ++i) result = scores[i] > result ? scores[i] : result;
-  return result;
+template <typename T>
+void masked_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* scores) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t row = index % a.rows, head = index / a.rows % a.heads, outer = index / a.rows / a.heads;
+    const int64_t visible = a.is_causal ? smaller(row + 1, a.cols) : a.cols;
+    const T* const x = static_cast<const T*>(a.input) + index * a.cols;
+    T* const y = static_cast<T*>(a.output) + index * a.cols;
+    const auto steps = [&](const auto* from, float scale) FASTFORMER_LAMBDA {
+      Progress progress;
+      softmax_steps<T, 1>(from, from, y, visible, scale, scores, progress);
+      softmax_steps<T, 2>(from, from, y, visible, scale, scores, progress);
+      softmax_steps<T, 4>(from, from, y, visible, scale, scores, progress);
+    };
+    const int64_t offset = outer * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
+    if (a.mask_kind == MaskKind::none) {
+      steps(x, a.scale);
+    } else {
+      scale_row(x, scores, visible, a.scale);
+      if (a.mask_kind == MaskKind::boolean) {
+        drop_masked(static_cast<const bool*>(a.mask) + offset, a.mask_strides[3], scores, visible);
+      } else {
+        visit(a.mask_dtype, [&]<typename M>() {
+          add_mask(static_cast<const M*>(a.mask) + offset, a.mask_strides[3], scores, visible);
+        });
+      }
+      steps(scores, 1.0f);
+    }
+    memset(static_cast<void*>(y + visible), 0, (a.cols - visible) * sizeof(T));
+  }
 }
 
-// scores = e^(scores - peak); returns their sum.
-float exponentiate(float* scores, int64_t cols, float peak) {
-  const Vec shift = broadcast(peak);
-  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    const Vec exponential = exp(load_n(scores + i, n) - shift);
-    store_n(scores + i, exponential, n);
-    return n == kLanes ? exponential : select(first_n(n), exponential, zero());
+// grad_input = scale y (grad - sum(grad y)): step 0 takes the sum, step 1 the rest.
+template <typename T>
+void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
+  const int64_t cols = a.cols;
+  const Pair scale = both(broadcast(a.scale));
+  float dot = 0.0f;  // of the row of step 1
+  const bool overlap = kOverlapBackward<T> && cols * static_cast<int64_t>(sizeof(T)) <= kSoftmaxOverlap;
+  pipeline_rows<2>(begin, end, overlap, [&]<int S>(int64_t row) FASTFORMER_LAMBDA {
+    const T* const grad = static_cast<const T*>(a.grad_output) + row * cols;
+    const T* const y = static_cast<const T*>(a.output) + row * cols;
+    T* const result = static_cast<T*>(a.grad_input) + (row - 1) * cols;
+    const Pair shift = both(broadcast(dot));
+    Pair sum = both(zero());
+    for (int64_t block = 0; block < cols; block += kSumBlock) {
+      Pair block_sum = both(zero());
+      for_pairs(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+        if (S & 1) {
+          if (kOverlapBackward<T>) {
+            fetch<kReadAhead / 2>(grad + i);
+            fetch<kReadAhead / 2>(y + i);
+          }
+          block_sum = fma(load_pair(grad + i, n), load_pair(y + i, n), block_sum);
+        }
+        if (S & 2) {
+          if (kOverlapBackward<T>) fetch<kWriteAhead>(result + i);
+          const Pair centred = load_pair(grad - cols + i, n) - shift;
+          store_pair(result + i, scale * load_pair(y - cols + i, n) * centred, n);
+        }
+      });
+      sum = sum + block_sum;
+    }
+    if (S & 1) dot = reduce_add(sum.first + sum.second);
   });
 }
 
-template <typename T>
-void scaled_copy(const float* values, T* y, int64_t cols, float factor) {
-  const Vec f = broadcast(factor);
-  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(y + i, load_n(values + i, n) * f, n); });
-}
-
-template <typename T>
-void fill_zero(T* y, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) y[i] = from_float<T>(0.0f);
-}
-
-template <typename T>
-void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end, float* scores) {
-  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index % a.rows, head = index / a.rows % a.heads, outer = index / a.rows / a.heads;
-    const int64_t visible = a.is_causal && row + 1 < a.cols ? row + 1 : a.cols;
-    const T* x = static_cast<const T*>(a.input) + index * a.cols;
-    T* y = static_cast<T*>(a.output) + index * a.cols;
-    if (fetch_ahead && index + 1 < end) {
-      prefetch_next(x, a.cols);
-      prefetch_next(y, a.cols);
-    }
-    scale_row(x, scores, visible, a.scale);
-    const int64_t offset = outer * a.mask_strides[0] + head * a.mask_strides[1] + row * a.mask_strides[2];
-    if (a.mask_kind == MaskKind::boolean) {
-      drop_masked(static_cast<const bool*>(a.mask) + offset, a.mask_strides[3], scores, visible);
-    } else if (a.mask_kind == MaskKind::additive) {
-      visit(a.mask_dtype, [&]<typename M>() {
-        add_mask(static_cast<const M*>(a.mask) + offset, a.mask_strides[3], scores, visible);
-      });
-    }
-    const float peak = row_max(scores, visible);
-    const float total = exponentiate(scores, visible, peak == -INFINITY ? 0.0f : peak);
-    if (total == 0.0f) {  // nothing to attend to
-      fill_zero(y, 0, a.cols);
-      continue;
-    }
-    scaled_copy(scores, y, visible, 1.0f / total);
-    fill_zero(y, visible, a.cols);
-  }
-}
-
-// grad_input = scale y (grad - sum(grad y)).
-template <typename T>
-void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
-  const bool fetch_ahead = beyond_cache<T>(end - begin, a.cols);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* grad = static_cast<const T*>(a.grad_output) + row * a.cols;
-    const T* y = static_cast<const T*>(a.output) + row * a.cols;
-    T* result = static_cast<T*>(a.grad_input) + row * a.cols;
-    if (fetch_ahead && row + 1 < end) {
-      prefetch_next(grad, a.cols);
-      prefetch_next(y, a.cols);
-      prefetch_next(result, a.cols);
-    }
-    const float dot_product =
-        sum_lanes(a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(grad + i, n) * load_n(y + i, n); });
-    const Vec dot = broadcast(dot_product), scale = broadcast(a.scale);
-    for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      store_n(result + i, scale * load_n(y + i, n) * (load_n(grad + i, n) - dot), n);
-    });
-  }
-}
-
 void forward(const SoftmaxForward& args, int64_t begin, int64_t end, float* scratch) {
-  visit(args.dtype, [&]<typename T>() { forward_rows<T>(args, begin, end, scratch); });
+  visit(args.dtype, [&]<typename T>() {
+    if (args.mask_kind == MaskKind::none && !args.is_causal) {
+      plain_rows<T>(args, begin, end, scratch);
+    } else {
+      masked_rows<T>(args, begin, end, scratch);
+    }
+  });
 }
 
 void backward(const SoftmaxBackward& args, int64_t begin, int64_t end) {

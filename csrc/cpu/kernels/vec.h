@@ -102,16 +102,19 @@ FASTFORMER_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 FASTFORMER_INLINE void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_n(n), v); }
 
 FASTFORMER_INLINE Vec widen_bf16(__m256i x) { return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
-FASTFORMER_INLINE __m256i narrow_bf16(Vec v) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(v);
-#else
+// The upper half of each lane is v in bfloat16.
+FASTFORMER_INLINE __m512i round_to_bf16(Vec v) {
   const __m512i bits = (__m512i)v;
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const Mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+  return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet);
+}
+FASTFORMER_INLINE __m256i narrow_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16));
 #endif
 }
 FASTFORMER_INLINE Vec load(const BFloat16* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
@@ -134,7 +137,7 @@ FASTFORMER_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }
 FASTFORMER_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FASTFORMER_INLINE float reduce_add(Vec v) { return _mm512_reduce_add_ps(v); }
 FASTFORMER_INLINE float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }
-// v * 2^n for whole n in [-150, 129].
+// v * 2^n for whole n in [-152, 129].
 FASTFORMER_INLINE Vec scale_exponent(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 
 #elif defined(__AVX2__)
@@ -158,13 +161,16 @@ FASTFORMER_INLINE void store(float* p, Vec v, int n) { _mm256_maskstore_ps(p, fi
 
 FASTFORMER_INLINE Vec widen(BFloat16, __m128i x) { return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16); }
 FASTFORMER_INLINE Vec widen(Half, __m128i x) { return _mm256_cvtph_ps(x); }
-FASTFORMER_INLINE __m128i narrow(BFloat16, Vec v) {
+// The upper half of each lane is v in bfloat16.
+FASTFORMER_INLINE __m256i round_to_bf16(Vec v) {
   const __m256i bits = (__m256i)v;
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i nan = (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q);
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm256_blendv_epi8(rounded, quiet, (__m256i)_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
+FASTFORMER_INLINE __m128i narrow(BFloat16, Vec v) {
+  const __m256i high = _mm256_srli_epi32(round_to_bf16(v), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 FASTFORMER_INLINE __m128i narrow(Half, Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
@@ -207,7 +213,7 @@ FASTFORMER_INLINE float reduce_max(Vec v) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-// v * 2^n for whole n in [-150, 129], in two steps, since 2^n alone may not be a normal number.
+// v * 2^n for whole n in [-152, 129], in two steps, since 2^n alone may not be a normal number.
 FASTFORMER_INLINE Vec scale_exponent(Vec v, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n);
   const __m256i half = _mm256_srai_epi32(whole, 1);
@@ -260,7 +266,7 @@ FASTFORMER_INLINE Vec round(Vec a) {
 }
 FASTFORMER_INLINE float reduce_add(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 FASTFORMER_INLINE float reduce_max(Vec v) { return fmaxf(fmaxf(v[0], v[2]), fmaxf(v[1], v[3])); }
-// v * 2^n for whole n in [-150, 129], in two steps, since 2^n alone may not be a normal number.
+// v * 2^n for whole n in [-152, 129], in two steps, since 2^n alone may not be a normal number.
 FASTFORMER_INLINE Vec scale_exponent(Vec v, Vec n) {
   const Mask whole = __builtin_convertvector(n, Mask);
   const Mask half = whole >> 1;
@@ -286,9 +292,9 @@ FASTFORMER_INLINE Vec exp2(Vec x) {
   return scale_exponent(p, n);
 }
 
-// e^x within 1 ulp: x = n ln 2 + r, with ln 2 in two parts so that r is exact for large n.
-FASTFORMER_INLINE Vec exp(Vec x) {
-  x = min(broadcast(89.0f), max(broadcast(-104.0f), x));
+// e^x within 1 ulp, for x that is at most 89: x = n ln 2 + r, with ln 2 in two parts so that r is exact for large n.
+FASTFORMER_INLINE Vec exp_to_89(Vec x) {
+  x = max(broadcast(-104.0f), x);
   const Vec n = round(x * broadcast(1.44269504f));
   Vec r = fma(n, broadcast(-0.693359375f), x);
   r = fma(n, broadcast(2.12194440e-4f), r);
@@ -300,6 +306,9 @@ FASTFORMER_INLINE Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.0f));
   return scale_exponent(p, n);
 }
+
+// e^x within 1 ulp.
+FASTFORMER_INLINE Vec exp(Vec x) { return exp_to_89(min(broadcast(89.0f), x)); }
 
 // Calls f.template operator()<T>() with the element type of dtype: f is `[&]<typename T>() { ... }`.
 template <typename F>
