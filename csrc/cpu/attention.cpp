@@ -14,7 +14,8 @@ constexpr int64_t kDecodeCost = 4;
 struct Task {
   int64_t sequence, begin, end, cost;
   int64_t part = 0, parts = 0;
-  int64_t states = 0;  // where those of the sequence's parts begin
+  int64_t states = 0;    // where those of the sequence's parts begin
+  int64_t counters = 0;  // and those of its key heads' finished parts
 };
 
 int64_t group_size(const Attention& a) { return a.heads / a.kv_heads; }
@@ -64,7 +65,7 @@ void attend(const AttentionForward& args, int64_t sequences, int64_t num_splits)
   const int64_t run = std::clamp<int64_t>(fair, 1, std::max<int64_t>((512 << 10) / block_bytes, 1));
 
   std::vector<Task> tasks;
-  int64_t longest_run = 0, most_queries = 0, all_states = 0;
+  int64_t longest_run = 0, most_queries = 0, all_states = 0, all_counters = 0;
   for (int64_t i = 0; i < sequences; ++i) {
     const Sequence s = sequence_at(a, i);
     const size_t before = tasks.size();
@@ -76,14 +77,19 @@ void attend(const AttentionForward& args, int64_t sequences, int64_t num_splits)
       add_parts(a, s, num_splits > 0 ? num_splits : decode_parts(sequences * a.kv_heads, seen.end - seen.begin), tasks);
       most_queries = std::max(most_queries, s.queries);
       if (tasks.back().parts == 1) continue;
-      for (size_t t = before; t < tasks.size(); ++t) tasks[t].states = all_states;
+      for (size_t t = before; t < tasks.size(); ++t) {
+        tasks[t].states = all_states;
+        tasks[t].counters = all_counters;
+      }
       all_states += tasks.back().parts * a.kv_heads * decode.states(args, s.queries);
+      all_counters += a.kv_heads;
     }
   }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.cost > y.cost; });
 
   // A sequence of one part needs its states for no longer than its task.
   const Scratch states(all_states * static_cast<int64_t>(sizeof(float)));
+  std::vector<std::atomic<int64_t>> finished(all_counters);
   const int64_t own_states = decode.states(args, most_queries) * static_cast<int64_t>(sizeof(float));
   const int64_t bytes = std::max(longest_run > 0 ? kernels.forward_scratch(args, longest_run) : 0,
                                  most_queries > 0 ? own_states + decode.scratch(args, most_queries) : 0);
@@ -101,14 +107,9 @@ void attend(const AttentionForward& args, int64_t sequences, int64_t num_splits)
     }
     float* part = task.parts == 1 ? static_cast<float*>(scratch) : states_of(task, kv_head, task.part);
     decode.part(args, s, kv_head, task.begin, task.end, part, static_cast<char*>(scratch) + own_states);
-    if (task.parts == 1) decode.combine(args, s, kv_head, part, 1);
-  });
-  if (all_states == 0) return;
-  run_tasks(static_cast<int64_t>(tasks.size()) * a.kv_heads, 0, [&](int64_t index, void*) {
-    const Task& task = tasks[index / a.kv_heads];
-    const int64_t kv_head = index % a.kv_heads;
-    if (task.parts < 2 || task.part > 0) return;
-    decode.combine(args, sequence_at(a, task.sequence), kv_head, states_of(task, kv_head, 0), task.parts);
+    // Whoever finishes the last part adds them all up, in their order.
+    if (task.parts > 1 && ++finished[task.counters + kv_head] < task.parts) return;
+    decode.combine(args, s, kv_head, task.parts == 1 ? part : states_of(task, kv_head, 0), task.parts);
   });
 }
 

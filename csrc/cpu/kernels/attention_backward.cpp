@@ -160,7 +160,7 @@ FASTFORMER_INLINE void store_gradients(const Workspace<float>& w, int64_t key, i
   }
 }
 #if defined(__AVX512BF16__)
-FASTFORMER_INLINE void store_gradients(const Workspace<Pair>& w, int64_t key, int64_t lane, const Vec (&weights)[2],
+FASTFORMER_INLINE void store_gradients(const Workspace<Bf16Pair>& w, int64_t key, int64_t lane, const Vec (&weights)[2],
                                        const Vec (&grads)[2]) {
   for (int r = 0; r < 2; ++r) {
     const int64_t at = (key + r) * kQueryBlock + lane;

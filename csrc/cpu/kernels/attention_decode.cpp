@@ -1,72 +1,188 @@
 // A few queries against many keys, as when one token is generated at a time: keys and values are read once, as they
 // lie in memory, and nothing is packed.
 #include "attention.h"
+#include "attention_rows.h"
 #include "attention_scores.h"
 #include "philox.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
-// Of keys, or values, that stay in the first-level cache for the group's queries.
+// The softmax waits for a block's last score, and its values for the softmax. In blocks of 64 that took 1.1 times as
+// long on a Zen 5; blocks of 256 were no faster, and prefetching the values meanwhile, or the next keys, was slower.
 constexpr int64_t kKeyBlock = kMostKeys;
 
-// One query's state: the sum of weighted values, then the largest score and the sum of weights.
-FASTFORMER_INLINE int64_t state_floats(const Attention& a) { return padded(a.value_dim) + 16; }
+// Keys that certainly lie one stride apart: blocks begin at multiples of it, and pages are no shorter.
+constexpr int64_t kRun = kDecodeAlignment;
+static_assert(kRun % kLanes == 0 && kKeyBlock % kRun == 0);
 
-struct State {
-  float *output, *peak, *total;
+// Queries of a group that keys and values are loaded for at once (groups of 8 in float32 took half as long with 4), and
+// registers for the sums of their values.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMostRows = 4, kSums = 16;
+#else
+constexpr int kMostRows = 2, kSums = 8;
+#endif
+
+// Rows of a block's keys, or values.
+template <typename T>
+struct Rows {
+  const T* runs[kKeyBlock / kRun];
+  int64_t stride;
+
+  const T* at(int64_t j) const { return runs[j / kRun] + j % kRun * stride; }
 };
+
+template <typename T>
+FASTFORMER_INLINE Rows<T> rows_of_block(const Attention& a, const Sequence& s, const void* base,
+                                        const int64_t (&strides)[3], int64_t kv_head, int64_t first_key,
+                                        int64_t last_key) {
+  Rows<T> rows;
+  rows.stride = strides[2];
+  for (int64_t j = first_key; j < last_key; j += kRun) {
+    rows.runs[(j - first_key) / kRun] = static_cast<const T*>(base) + key_offset(a, strides, s, kv_head, j);
+  }
+  return rows;
+}
+
+// One query's state: the sum of weighted values, in pair order; the largest score; the sum of weights, in
+// the lanes of a register.
+struct State {
+  float *output, *total, *peak;
+};
+FASTFORMER_INLINE int64_t state_floats(const Attention& a) { return round_up(a.value_dim, kPair) + kLanes + 16; }
 FASTFORMER_INLINE State state_at(const Attention& a, float* states, int64_t row) {
   float* output = states + row * state_floats(a);
-  return {output, output + padded(a.value_dim), output + padded(a.value_dim) + 1};
+  float* total = output + round_up(a.value_dim, kPair);
+  return {output, total, total + kLanes};
 }
 
-// scores[j] = query key_j for 4 keys at once.
-template <typename T>
-void dot_products(const float* query, const T* keys, int64_t stride, int64_t count, int64_t width, float* scores) {
-  for (int64_t j = 0; j < count; j += 4) {
-    Vec sums[4] = {zero(), zero(), zero(), zero()};
-    const T* rows[4];
-    for (int r = 0; r < 4; ++r) rows[r] = keys + smaller(j + r, count - 1) * stride;
-    for_lanes(0, width, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      const Vec q = load(query + i);
+// Scores of kRows queries with kLanes keys, the last of which stands for those after it. Rows are kPairs times kPair
+// wide, or `width` if that is 0.
+template <int kRows, int kPairs, typename T>
+FASTFORMER_INLINE void multiply_lanes(const T* queries, int64_t query_stride, const T* keys, int64_t stride,
+                                      int64_t last, int64_t width, float* scores) {
+  Vec fours[kRows][kLanes / 4];
 #pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) sums[r] = fma(load_n(rows[r] + i, n), q, sums[r]);
-    });
-    for (int r = 0; r < 4; ++r) scores[j + r] = reduce_add(sums[r]);
+  for (int four = 0; four < kLanes / 4; ++four) {
+    Vec sums[kRows][4];
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) sums[row][r] = zero();
+    }
+    const auto add = [&](int64_t i, int n) FASTFORMER_LAMBDA {
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const auto key = load_part(keys + smaller(4 * four + r, last) * stride + i, n);
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) {
+          sums[row][r] = multiply_add(key, load_part(queries + row * query_stride + i, kPair), sums[row][r]);
+        }
+      }
+    };
+    if constexpr (kPairs == 0) {
+      for_pairs(0, width, add);
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < kPairs; ++i) add(i * kPair, kPair);
+    }
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) fours[row][four] = add_fours(sums[row]);
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) store(scores + row * kKeyBlock, add_quarters(fours[row]));
+}
+
+// scores[row][j] = query_row key_j for whole registers of keys around [from, to); those of others may be anything.
+template <int kRows, int kPairs, typename T>
+void multiply_keys_of_width(const T* queries, int64_t query_stride, const Rows<T>& keys, int64_t from, int64_t to,
+                            int64_t width, float* scores) {
+  for (int64_t j = from / kLanes * kLanes; j < to; j += kLanes) {
+    if (j + kLanes <= to) {
+      multiply_lanes<kRows, kPairs>(queries, query_stride, keys.at(j), keys.stride, kLanes - 1, width, scores + j);
+    } else {
+      multiply_lanes<kRows, 0>(queries, query_stride, keys.at(j), keys.stride, to - 1 - j, width, scores + j);
+    }
   }
 }
 
-// output = fade output + sum of weights[j] values_j, for kVecs registers of columns.
-template <int kVecs, typename T>
-FASTFORMER_INLINE void weigh_columns(const float* weights, const T* values, int64_t stride, int64_t count, float fade,
-                                     float* output, int n) {
-  Vec sums[kVecs];
+template <int kRows, typename T>
+FASTFORMER_INLINE void multiply_keys(const T* queries, int64_t query_stride, const Rows<T>& keys, int64_t from,
+                                     int64_t to, int64_t width, float* scores) {
+  if constexpr (kRows == 1) {  // which leaves the loop over the width short: a loop less took 5% off on a Zen 5
+    if (width == 2 * kPair) {
+      return multiply_keys_of_width<1, 2>(queries, query_stride, keys, from, to, width, scores);
+    }
+    if (width == 4 * kPair) {
+      return multiply_keys_of_width<1, 4>(queries, query_stride, keys, from, to, width, scores);
+    }
+  }
+  multiply_keys_of_width<kRows, 0>(queries, query_stride, keys, from, to, width, scores);
+}
+
+// states[row].output = fades[row] * it + sum of weights[row][j] values_j over j in [from, to), for kPairs times
+// kPair columns, of the last of which there are n.
+template <int kRows, int kPairs, typename T>
+void weigh_columns(const float* weights, const Rows<T>& values, int64_t column, int64_t from, int64_t to,
+                   const float (&fades)[kRows], const State (&states)[kRows], int n) {
+  constexpr int kChains = kRows * kPairs < 4 ? 2 : 1;  // so many sums that additions don't wait for each other
+  Pair sums[kChains][kRows][kPairs];
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) sums[v] = zero();
-  for (int64_t j = 0; j < count; ++j) {
-    const Vec weight = broadcast(weights[j]);
+  for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sums[v] = fma(load_n(values + j * stride + v * kLanes, n), weight, sums[v]);
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kPairs; ++v) sums[c][row][v] = {zero(), zero()};
+    }
+  }
+  const auto add = [&](const T* value, int64_t j, Pair(&to_sums)[kRows][kPairs]) FASTFORMER_LAMBDA {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairs; ++v) {
+      const Pair x = load_padded(value + v * kPair, v + 1 < kPairs ? kPair : n);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const Vec weight = broadcast(weights[row * kKeyBlock + j]);
+        Pair& sum = to_sums[row][v];
+        sum = {fma(x.first, weight, sum.first), fma(x.second, weight, sum.second)};
+      }
+    }
+  };
+  for (int64_t j = from; j < to;) {
+    const int64_t end = smaller(to, (j / kRun + 1) * kRun);
+    const T* value = values.at(j) + column;
+    for (; j + kChains <= end; j += kChains, value += kChains * values.stride) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) add(value + c * values.stride, j + c, sums[c]);
+    }
+    for (; j < end; ++j, value += values.stride) add(value, j, sums[0]);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v) {
-    store(output + v * kLanes, fma(load(output + v * kLanes), broadcast(fade), sums[v]));
+  for (int row = 0; row < kRows; ++row) {
+    const Vec fade = broadcast(fades[row]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairs; ++v) {
+      float *first = states[row].output + column + v * kPair, *second = first + kLanes;
+      const Pair sum = sums[0][row][v], other = kChains == 1 ? Pair{zero(), zero()} : sums[kChains - 1][row][v];
+      store(first, fma(load(first), fade, sum.first + other.first));
+      store(second, fma(load(second), fade, sum.second + other.second));
+    }
   }
 }
 
-template <typename T>
-void weigh_values(const float* weights, const T* values, int64_t stride, int64_t count, int64_t width, float fade,
-                  float* output) {
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= width; i += 4 * kLanes) {
-    weigh_columns<4>(weights, values + i, stride, count, fade, output + i, kLanes);
+// All columns from `column` on: kPairs at a time, then fewer.
+template <int kRows, int kPairs, typename T>
+FASTFORMER_INLINE void weigh_values(const float* weights, const Rows<T>& values, int64_t from, int64_t to,
+                                    int64_t width, const float (&fades)[kRows], const State (&states)[kRows],
+                                    int64_t column = 0) {
+  for (; column + kPairs * kPair <= width; column += kPairs * kPair) {
+    weigh_columns<kRows, kPairs>(weights, values, column, from, to, fades, states, kPair);
   }
-  for (; i + kLanes <= width; i += kLanes) {
-    weigh_columns<1>(weights, values + i, stride, count, fade, output + i, kLanes);
-  }
-  if (const int n = static_cast<int>(width - i)) {
-    weigh_columns<1>(weights, values + i, stride, count, fade, output + i, n);
+  if constexpr (kPairs > 1) {
+    weigh_values<kRows, kPairs / 2>(weights, values, from, to, width, fades, states, column);
+  } else if (column < width) {
+    const int n = static_cast<int>(width - column);
+    weigh_columns<kRows, 1>(weights, values, column, from, to, fades, states, n);
   }
 }
 
@@ -87,56 +203,39 @@ FASTFORMER_INLINE const float* fill_terms_of_row(const Attention& a, const Seque
   return terms;
 }
 
-// Scores to weights of exp2(score - peak), with `terms` or null, and times `factors` or null where they are dropped;
-// returns how much earlier sums fade.
-FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, const float* factors, int64_t count,
-                                       const Attention& a, const State& s) {
+// Scores of keys [from, to) to weights of exp2(score - peak), with `terms` or null, and times `factors` or null where
+// they are dropped; returns how much earlier sums fade.
+FASTFORMER_INLINE float online_softmax(float* scores, const float* terms, const float* factors, int64_t from,
+                                       int64_t to, const Attention& a, const State& s) {
   const Vec factor = broadcast(score_factor(a)), cap_factor = broadcast(a.scale / a.softcap);
-  Vec peaks = broadcast(*s.peak);
-  for_lanes(0, count, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    Vec score = load(scores + i);
+  const int64_t begin = from / kLanes * kLanes;
+  const float old_peak = *s.peak;
+  Vec peaks = broadcast(old_peak);
+  for (int64_t j = begin; j < to; j += kLanes) {
+    Vec score = load(scores + j);
     if (has_softcap(a)) score = tanh(score * cap_factor);
     score = score * factor;
-    if (terms != nullptr) score = score + load(terms + i);
-    score = select(first_n(n), score, broadcast(-INFINITY));
-    store(scores + i, score);
+    if (terms != nullptr) score = score + load(terms + j);
+    if (j < from || j + kLanes > to) {
+      const Vec hidden = broadcast(-INFINITY), above = select(first_n(static_cast<int>(from - j)), hidden, score);
+      score = select(first_n(static_cast<int>(smaller(kLanes, to - j))), above, hidden);
+    }
+    store(scores + j, score);
     peaks = max(peaks, score);
-  });
+  }
   const float peak = reduce_max(peaks), shift = peak < -FLT_MAX ? 0.0f : peak;
   Vec sum = zero();
-  for_lanes(0, count, [&](int64_t i, int) FASTFORMER_LAMBDA {
-    const Vec weight = exp2(load(scores + i) - broadcast(shift));
-    store(scores + i, factors == nullptr ? weight : weight * load(factors + i));
+  for (int64_t j = begin; j < to; j += kLanes) {
+    const Vec weight = exp2(load(scores + j) - broadcast(shift));
+    store(scores + j, factors == nullptr ? weight : weight * load(factors + j));
     sum = sum + weight;
-  });
-  const float fade = exp2f(*s.peak - shift);
+  }
+  const Vec fade = exp2(broadcast(old_peak - shift));
   *s.peak = peak;
-  *s.total = *s.total * fade + reduce_add(sum);
-  return fade;
-}
-
-// One query against those of the keys from `first` on, all of which it sees, that a mask shows.
-template <typename T>
-void attend_to_keys(const Attention& a, const Sequence& s, const QueryBlock& q, int64_t kv_head, int64_t first,
-                    const Shown& shown, const float* query, const State& state) {
-  // Products come by fours, and dropout's factors begin with a whole four.
-  alignas(64) float scores[kKeyBlock + kLanes], terms[kKeyBlock + kLanes], factors[kKeyBlock + 4 + kLanes];
-  first += shown.from;
-  const int64_t keys = shown.to - shown.from;
-  for_key_runs(a, first, keys, [&](int64_t row, int64_t rows) FASTFORMER_LAMBDA {
-    dot_products(query, static_cast<const T*>(a.key) + key_offset(a, a.key_strides, s, kv_head, row), a.key_strides[2],
-                 rows, a.head_dim, scores + (row - first));
-  });
-  const float* row_terms = fill_terms_of_row(a, s, q, first, keys, shown.plain, terms);
-  const int64_t before = first % 4;
-  if (has_dropout(a)) dropout_factors_of_row(a, s, q.head, q.first, first - before, before + keys, factors);
-  float fade = online_softmax(scores, row_terms, has_dropout(a) ? factors + before : nullptr, keys, a, state);
-  for_key_runs(a, first, keys, [&](int64_t row, int64_t rows) FASTFORMER_LAMBDA {
-    weigh_values(scores + (row - first),
-                 static_cast<const T*>(a.value) + key_offset(a, a.value_strides, s, kv_head, row), a.value_strides[2],
-                 rows, a.value_dim, fade, state.output);
-    fade = 1.0f;
-  });
+  store(s.total, fma(load(s.total), fade, sum));
+  alignas(64) float lanes[kLanes];
+  store(lanes, fade);
+  return lanes[0];
 }
 
 // The queries of a sequence and key head, as rows: those of one head after those of another.
@@ -145,30 +244,88 @@ FASTFORMER_INLINE QueryBlock query_of_row(const Attention& a, const Sequence& s,
   return {kv_head * (a.heads / a.kv_heads) + row / s.queries, row % s.queries, 1};
 }
 
+// The work on one sequence and key head.
+template <typename T>
+struct Decoding {
+  const Attention& a;
+  const Sequence& s;
+  int64_t kv_head;
+  const T* queries;      // of the rows
+  int64_t query_stride;  // whole times kPair, with zeros
+  float* states;
+};
+
+// Rows from `row` on against keys [from, to) of a block, which they all see. A mask shows all of them if `plain`.
+template <int kRows, typename T>
+void attend_to_keys(const Decoding<T>& d, int64_t row, int64_t first_key, int64_t from, int64_t to, bool plain,
+                    const Rows<T>& keys, const Rows<T>& values) {
+  const Attention& a = d.a;
+  alignas(64) float scores[kRows * kKeyBlock], terms[kKeyBlock + kLanes], factors[kKeyBlock + 4 * kLanes];
+  float fades[kRows];
+  State states[kRows];
+  multiply_keys<kRows>(d.queries + row * d.query_stride, d.query_stride, keys, from, to, a.head_dim, scores);
+  for (int i = 0; i < kRows; ++i) {
+    const QueryBlock q = query_of_row(a, d.s, d.kv_head, row + i);
+    const float* some_terms = fill_terms_of_row(a, d.s, q, first_key + from, to - from, plain, terms + from);
+    if (has_dropout(a)) dropout_factors_of_row(a, d.s, q.head, q.first, first_key, to, factors);
+    states[i] = state_at(a, d.states, row + i);
+    fades[i] = online_softmax(scores + i * kKeyBlock, some_terms == nullptr ? nullptr : terms,
+                              has_dropout(a) ? factors : nullptr, from, to, a, states[i]);
+  }
+  weigh_values<kRows, kSums / 2 / kRows>(scores, values, from, to, a.value_dim, fades, states);
+}
+
+// What a row's query sees of a block, by the band and by a boolean mask, from its first key on.
+FASTFORMER_INLINE Shown shown_to_row(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row,
+                                     int64_t first_key, int64_t last_key) {
+  const QueryBlock q = query_of_row(a, s, kv_head, row);
+  const KeyRange seen = keys_seen(a, s, q);
+  const int64_t first = larger(first_key, seen.begin), last = smaller(last_key, seen.end);
+  if (first >= last) return {0, 0, true};
+  const Shown shown = shown_keys(a, s, q, first, last - first, 1);
+  return {first - first_key + shown.from, first - first_key + shown.to, shown.plain};
+}
+
 template <typename T>
 void decode_keys(const AttentionForward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end,
-                 float* states, float* queries) {
+                 float* states, T* queries) {
   const Attention& a = args.inputs;
-  const int64_t rows = rows_of(a, s.queries), width = padded(a.head_dim);
+  const int64_t rows = rows_of(a, s.queries), width = round_up(a.head_dim, kPair);
   for (int64_t row = 0; row < rows; ++row) {
     const QueryBlock q = query_of_row(a, s, kv_head, row);
     const State state = state_at(a, states, row);
-    memset(state.output, 0, padded(a.value_dim) * sizeof(float));
+    memset(state.output, 0, round_up(a.value_dim, kPair) * sizeof(float));
+    store(state.total, zero());
     *state.peak = -INFINITY;
-    *state.total = 0.0f;
-    pack_row(static_cast<const T*>(a.query) + query_offset(a.query_strides, s, q.head, q.first), a.head_dim,
-             queries + row * width, width);
+    const T* query = static_cast<const T*>(a.query) + query_offset(a.query_strides, s, q.head, q.first);
+    memcpy(queries + row * width, query, a.head_dim * sizeof(T));
+    memset(static_cast<void*>(queries + row * width + a.head_dim), 0, (width - a.head_dim) * sizeof(T));
   }
+  const Decoding<T> d = {a, s, kv_head, queries, width, states};
   for (int64_t first_key = begin; first_key < end; first_key += kKeyBlock) {
     const int64_t last_key = smaller(first_key + kKeyBlock, end);
-    for (int64_t row = 0; row < rows; ++row) {
-      const QueryBlock q = query_of_row(a, s, kv_head, row);
-      const KeyRange seen = keys_seen(a, s, q);
-      const int64_t first = larger(first_key, seen.begin), last = smaller(last_key, seen.end);
-      if (first >= last) continue;
-      const Shown shown = shown_keys(a, s, q, first, last - first, 1);
-      if (shown.from >= shown.to) continue;
-      attend_to_keys<T>(a, s, q, kv_head, first, shown, queries + row * width, state_at(a, states, row));
+    const Rows<T> keys = rows_of_block<T>(a, s, a.key, a.key_strides, kv_head, first_key, last_key);
+    const Rows<T> values = rows_of_block<T>(a, s, a.value, a.value_strides, kv_head, first_key, last_key);
+    for (int64_t row = 0; row < rows;) {
+      const Shown shown = shown_to_row(a, s, kv_head, row, first_key, last_key);
+      int64_t same = 1;  // rows that see the same keys
+      while (same < kMostRows && row + same < rows) {
+        const Shown other = shown_to_row(a, s, kv_head, row + same, first_key, last_key);
+        if (other.from != shown.from || other.to != shown.to || other.plain != shown.plain) break;
+        ++same;
+      }
+      if (shown.from >= shown.to) {
+        row += same;
+      } else if (same == kMostRows) {
+        attend_to_keys<kMostRows>(d, row, first_key, shown.from, shown.to, shown.plain, keys, values);
+        row += kMostRows;
+      } else if (same >= 2) {
+        attend_to_keys<2>(d, row, first_key, shown.from, shown.to, shown.plain, keys, values);
+        row += 2;
+      } else {
+        attend_to_keys<1>(d, row, first_key, shown.from, shown.to, shown.plain, keys, values);
+        row += 1;
+      }
     }
   }
 }
@@ -176,13 +333,15 @@ void decode_keys(const AttentionForward& args, const Sequence& s, int64_t kv_hea
 void part(const AttentionForward& args, const Sequence& s, int64_t kv_head, int64_t begin, int64_t end, float* states,
           void* scratch) {
   visit(args.inputs.dtype,
-        [&]<typename T>() { decode_keys<T>(args, s, kv_head, begin, end, states, static_cast<float*>(scratch)); });
+        [&]<typename T>() { decode_keys<T>(args, s, kv_head, begin, end, states, static_cast<T*>(scratch)); });
 }
 
 template <typename T>
 void store_quotient(const float* from, T* to, int64_t width, float divisor) {
   const Vec d = broadcast(divisor == 0.0f ? 1.0f : divisor);
-  for_lanes(0, width, [&](int64_t i, int n) FASTFORMER_LAMBDA { store_n(to + i, load(from + i) / d, n); });
+  for_pairs(0, width, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+    store_padded(to + i, {load(from + i) / d, load(from + i + kLanes) / d}, n);
+  });
 }
 
 template <typename T>
@@ -200,8 +359,8 @@ void combine_rows(const AttentionForward& args, const Sequence& s, int64_t kv_he
     for (int64_t p = 0; p < parts; ++p) {
       const State state = state_at(a, states, p * rows + row);
       const float fade = exp2f(*state.peak - shift);
-      total += *state.total * fade;
-      for (int64_t d = 0; d < padded(a.value_dim); d += kLanes) {
+      total += reduce_add(load(state.total)) * fade;
+      for (int64_t d = 0; d < round_up(a.value_dim, kPair); d += kLanes) {
         const Vec part = load(state.output + d) * broadcast(fade);
         store(sum.output + d, p == 0 ? part : load(sum.output + d) + part);
       }
@@ -221,7 +380,7 @@ int64_t states(const AttentionForward& args, int64_t queries) {
 }
 
 int64_t scratch(const AttentionForward& args, int64_t queries) {
-  return rows_of(args.inputs, queries) * padded(args.inputs.head_dim) * static_cast<int64_t>(sizeof(float));
+  return rows_of(args.inputs, queries) * round_up(args.inputs.head_dim, kPair) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace

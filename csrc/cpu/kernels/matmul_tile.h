@@ -23,14 +23,14 @@ constexpr int kTileRows = 4, kTileVecs = 2;  // 16 registers, one of them for pr
 FASTFORMER_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Neighbours along the depth; the first in the low half.
-struct Pair {
+struct Bf16Pair {
   BFloat16 first, second;
 };
 
 template <typename Unit>
 constexpr int kUnitDepth = 1;
 template <>
-constexpr int kUnitDepth<Pair> = 2;
+constexpr int kUnitDepth<Bf16Pair> = 2;
 
 // The unit that elements of type T are packed into.
 template <typename T>
@@ -40,7 +40,7 @@ struct UnitFor {
 #if defined(__AVX512BF16__)
 template <>
 struct UnitFor<BFloat16> {
-  using type = Pair;
+  using type = Bf16Pair;
 };
 #endif
 template <typename T>
@@ -51,8 +51,8 @@ FASTFORMER_INLINE Vec broadcast_unit(const float* p) { return broadcast(*p); }
 FASTFORMER_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 
 #if defined(__AVX512BF16__)
-FASTFORMER_INLINE __m512bh load_units(const Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
-FASTFORMER_INLINE __m512bh broadcast_unit(const Pair* p) {
+FASTFORMER_INLINE __m512bh load_units(const Bf16Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
+FASTFORMER_INLINE __m512bh broadcast_unit(const Bf16Pair* p) {
   int32_t bits;
   memcpy(&bits, p, 4);
   return (__m512bh)_mm512_set1_epi32(bits);
@@ -145,13 +145,13 @@ FASTFORMER_INLINE void pack_row(const T* from, int64_t width, float* to, int64_t
 }
 
 // The same as pairs along the row; `padded` counts pairs.
-FASTFORMER_INLINE void pack_row(const BFloat16* from, int64_t width, Pair* to, int64_t padded) {
+FASTFORMER_INLINE void pack_row(const BFloat16* from, int64_t width, Bf16Pair* to, int64_t padded) {
   int64_t i = 0;  // by whole registers: calls for a row of one head would take longer than its copy
-  for (; 2 * (i + kLanes) <= width; i += kLanes) memcpy(to + i, from + 2 * i, kLanes * sizeof(Pair));
+  for (; 2 * (i + kLanes) <= width; i += kLanes) memcpy(to + i, from + 2 * i, kLanes * sizeof(Bf16Pair));
   if (i == padded) return;
   const int64_t rest = (width - 2 * i) * static_cast<int64_t>(sizeof(BFloat16));
   memcpy(to + i, from + 2 * i, rest);
-  memset(reinterpret_cast<char*>(to + i) + rest, 0, (padded - i) * sizeof(Pair) - rest);
+  memset(reinterpret_cast<char*>(to + i) + rest, 0, (padded - i) * sizeof(Bf16Pair) - rest);
 }
 
 // [rows][width] with `stride` between rows into [padded_rows][padded] units, zeros around.
@@ -170,10 +170,24 @@ void pack_depth_rows(const T* from, int64_t stride, int64_t rows, int64_t width,
 }
 
 #if defined(__AVX512BF16__)
-void pack_depth_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, Pair* to, int64_t padded_rows,
-                     int64_t padded) {
+void pack_depth_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t width, Bf16Pair* to,
+                     int64_t padded_rows, int64_t padded) {
+  // Of the 64 elements of two registers, those of even rows are 0 to 31.
+  alignas(64) uint16_t left[2 * kLanes], right[2 * kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    left[2 * i] = i, left[2 * i + 1] = 32 + i;
+    right[2 * i] = kLanes + i, right[2 * i + 1] = 32 + kLanes + i;
+  }
+  const __m512i low = _mm512_load_si512(left), high = _mm512_load_si512(right);
   for (int64_t r = 0; r < padded_rows; r += 2) {
-    for (int64_t i = 0; i < padded; i += kLanes) {
+    int64_t i = 0;
+    for (; r + 1 < rows && i + 2 * kLanes <= width; i += 2 * kLanes) {
+      const __m512i even = _mm512_loadu_si512(from + r * stride + i),
+                    odd = _mm512_loadu_si512(from + (r + 1) * stride + i);
+      _mm512_storeu_si512(to + r / 2 * padded + i, _mm512_permutex2var_epi16(even, low, odd));
+      _mm512_storeu_si512(to + r / 2 * padded + i + kLanes, _mm512_permutex2var_epi16(even, high, odd));
+    }
+    for (; i < padded; i += kLanes) {
       const __mmask16 in_row = first_n(static_cast<int>(smaller(kLanes, width - i)));
       const BFloat16* p = from + r * stride + i;
       const __m256i even = _mm256_maskz_loadu_epi16(r < rows ? in_row : 0, p);
@@ -185,10 +199,12 @@ void pack_depth_rows(const BFloat16* from, int64_t stride, int64_t rows, int64_t
   }
 }
 
-// Two rows of floats as one row of pairs along the depth, and a row as pairs along itself.
-FASTFORMER_INLINE void store_pairs(Pair* p, Vec even, Vec odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(narrow_bf16(even)), high = _mm512_cvtepu16_epi32(narrow_bf16(odd));
-  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+// Two rows of floats as one row of pairs along the depth.
+FASTFORMER_INLINE void store_pairs(Bf16Pair* p, Vec even, Vec odd) {
+  alignas(64) static constexpr uint16_t kAlternate[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(odd, even);  // even in the lower half
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kAlternate), rows));
 }
 #endif
 
