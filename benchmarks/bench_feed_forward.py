@@ -17,23 +17,54 @@ SHAPES = {  # (rows, columns, hidden, activation, gated)
     "cpu": [(1024, 384, 1536, "gelu", False), (2048, 768, 3072, "gelu", False), (1024, 768, 2048, "silu", True)],
     "cuda": [(16384, 768, 3072, "gelu", False), (8192, 4096, 16384, "gelu", False), (8192, 4096, 14336, "silu", True)],
 }
-TORCH_ACTIVATIONS = {"gelu": torch_functional.gelu, "silu": torch_functional.silu}
+MORE_SHAPES = [  # of the CPU's suite
+    (4096, 768, 3072, "gelu", False),
+    (4096, 768, 3072, "gelu_tanh", False),
+    (256, 768, 3072, "gelu", False),
+    (512, 1024, 4096, "relu", False),
+]
+TORCH_ACTIVATIONS = {
+    "gelu": torch_functional.gelu,
+    "gelu_tanh": partial(torch_functional.gelu, approximate="tanh"),
+    "silu": torch_functional.silu,
+    "relu": torch_functional.relu,
+}
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """The cases of this operation on a kind of device."""
-    for index, (rows, columns, hidden, activation, gated) in enumerate(SHAPES[device.type]):
-        yield Case(
-            operation="feed_forward",
-            shape=f"{rows}x{columns}x{hidden} {'swiglu' if gated else activation}",
-            dtype=dtype,
-            inputs=partial(_inputs, rows, columns, hidden, device, dtype, gated=gated),
-            ours=partial(functional.feed_forward, activation=activation),
-            reference=partial(reference.feed_forward, activation=activation),
-            peers={"eager": partial(_eager, activation=activation)},
-            work=_work(rows, columns, hidden, dtype, products=3 if gated else 2),
-            compiled="eager" if index == 1 else None,
-        )
+    for index, shape in enumerate(SHAPES[device.type]):
+        yield _case(*shape, device, dtype, compiled=index == 1)
+
+
+def more_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Of the CPU's suite."""
+    for shape in MORE_SHAPES:
+        yield _case(*shape, device, dtype)
+
+
+def _case(
+    rows: int,
+    columns: int,
+    hidden: int,
+    activation: str,
+    gated: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compiled: bool = False,
+) -> Case:
+    return Case(
+        operation="feed_forward",
+        shape=f"{rows}x{columns}x{hidden} {'swiglu' if gated else activation}",
+        dtype=dtype,
+        inputs=partial(_inputs, rows, columns, hidden, device, dtype, gated=gated),
+        ours=partial(functional.feed_forward, activation=activation),
+        reference=partial(reference.feed_forward, activation=activation),
+        peers={"eager": partial(_eager, activation=activation)},
+        work=_work(rows, columns, hidden, dtype, products=3 if gated else 2),
+        compiled="eager" if compiled else None,
+    )
 
 
 def _inputs(

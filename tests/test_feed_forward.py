@@ -58,6 +58,19 @@ def test_rows(target: Target, rows: tuple[int, ...], gated: bool) -> None:
     check_feed_forward(target, arguments(target, rows, 16, 33, 17, gated=gated), "gelu")
 
 
+@pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", [(131, 401, 799, 21), (260, 385, 48, 385), (32, 0, 16, 16)], ids=str)
+def test_several_blocks_of_a_product(dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+    """Rows, columns and depths that are no multiples of a block's, or of the two that bfloat16 takes at once."""
+    rows, C, hidden, C2 = sizes
+    target = Target("cpu", "cpu", dtype)
+    inputs = arguments(target, (rows,), max(C, 1), hidden, C2)
+    if C == 0:
+        inputs[0], inputs[1] = inputs[0][:, :0], inputs[1][:, :0]
+    check_feed_forward(target, inputs, "gelu")
+
+
 @on_kernels
 @pytest.mark.parametrize("sizes", [(1, 7, 3), (7, 1, 3), (7, 3, 1), (64, 128, 64)], ids=str)
 def test_widths(target: Target, sizes: tuple[int, int, int]) -> None:

@@ -171,6 +171,39 @@ def test_nothing_to_learn_from(target: Target) -> None:
         assert F.linear_cross_entropy(x, w[:0], ignored, reduction="sum") == 0
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_products_in_blocks(dtype: torch.dtype, reduction: str) -> None:
+    """Enough rows and columns for our own product, whose blocks of logits are gone when the loss of a row is known."""
+    target = Target("cpu", "cpu", dtype)
+    inputs = layer(target, 45, 24, 9001, bias=True)
+    indices = targets_of(target, 45, 9001)
+    check_loss(target, inputs, indices, reduction=reduction, label_smoothing=0.1)
+    with fastformer.backend("cpu"), torch.no_grad():
+        without_gradients = F.linear_cross_entropy(*inputs[:2], indices, linear_bias=inputs[2], reduction=reduction)
+    with fastformer.backend("cpu"):
+        with_gradients = F.linear_cross_entropy(*inputs[:2], indices, linear_bias=inputs[2], reduction=reduction)
+    assert torch.equal(without_gradients, with_gradients)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [3, 40])
+def test_words_that_are_ruled_out(rows: int) -> None:
+    bias = torch.zeros(1000)
+    bias[:600] = -math.inf  # a whole block of them, and more
+    x, w = torch.randn(rows, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
+    indices = torch.randint(600, 1000, (rows,))
+    losses, grads = [], []
+    for backend in ("cpu", "torch"):
+        with fastformer.backend(backend):
+            losses.append(F.linear_cross_entropy(x, w, indices, linear_bias=bias))
+            grads.append(torch.autograd.grad(losses[-1], (x, w)))
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(grads[0], grads[1])
+    assert (grads[0][1][:600] == 0).all()
+
+
 @on_kernels
 def test_huge_logits(target: Target) -> None:
     x, w = torch.tensor([[100.0], [-100.0]]), torch.tensor([[100.0], [-100.0], [0.0]])

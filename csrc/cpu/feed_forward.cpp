@@ -28,31 +28,6 @@ Activation activation_of(const std::string& name) {
   return Activation::silu;
 }
 
-int64_t rows_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() >= 1, name, " must have at least one dimension");
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
-  return rows;
-}
-
-std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
-  sizes.back() = last;
-  return sizes;
-}
-
-void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t cols, const Tensor& input) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be [", rows, ", ",
-                  cols, "]");
-  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
-}
-
-void check_bias(const std::optional<Tensor>& bias, const char* name, int64_t width, const Tensor& input) {
-  if (!bias.has_value()) return;
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == width, name, " must be [", width, "]");
-  STD_TORCH_CHECK(bias->scalar_type() == input.scalar_type(), name, " must have the dtype of input");
-}
-
 std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1,
                                                 const std::optional<Tensor>& bias1,
                                                 const std::optional<Tensor>& weight_gate, const Tensor& weight2,
@@ -74,10 +49,8 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
   const Tensor x = as_dtype(input, product), w1 = as_dtype(weight1, product), w2 = as_dtype(weight2, product);
   const Tensor wg = gated ? as_dtype(*weight_gate, product) : w1;
   const Tensor b1 = bias1.has_value() ? as_contiguous(*bias1) : w1;
-  // Our kernel adds the bias for less, but to a bfloat16 product only after that was rounded.
-  const bool bias_in_product = bias1.has_value() && product != ScalarType::Float;
   const Tensor b2 = bias2.has_value() ? as_dtype(*bias2, product) : w1;
-  const Tensor output = torch::stable::new_empty(x, sizes_with_last(input, C2));
+  const Tensor output = empty_like_sizes(x, sizes_with_last(input, C2), x.scalar_type());
   const Tensor hidden = save_hidden ? empty_like_sizes(input, {N, gated ? 2 * F : F}, dtype) : no_result(input);
 
   const Matrix xs(pointer(x), N, C, product), outputs(pointer(output), N, C2, product);
@@ -90,12 +63,10 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
     const int64_t count = N - begin < block_rows ? N - begin : block_rows;
     const Matrix up(up_memory.as<void>(), count, F, product), gate(gate_memory.as<void>(), count, F, product);
     const Tensor block = xs.rows(begin, count).tensor(), up_block = up.tensor();
-    if (bias_in_product) {
-      multiply_add(up_block, b1, block, w1_t);
-    } else {
-      multiply(up_block, block, w1_t);
-    }
     if (gated) multiply(gate.tensor(), block, wg_t);
+    const bool own = own_product_is_faster(up_block, block);
+    // The kernel adds the bias for less, but to a bfloat16 product of torch's only after that was rounded.
+    const bool bias_in_product = bias1.has_value() && product != ScalarType::Float && !own;
     const FeedForwardForward args{
         .up = up.at(0),
         .gate = gated ? gate.at(0) : nullptr,
@@ -105,8 +76,17 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
         .dtype = element,
         .cols = F,
     };
-    torch::stable::parallel_for(0, count, row_grain(F * 4),
-                                [&](int64_t first, int64_t last) { kernels.forward(args, first, last); });
+    if (own) {
+      own_product(block, w1_t, {kernels.forward_block, &args});
+    } else {
+      if (bias_in_product) {
+        multiply_add(up_block, b1, block, w1_t);
+      } else {
+        multiply(up_block, block, w1_t);
+      }
+      torch::stable::parallel_for(0, count, row_grain(F * 4),
+                                  [&](int64_t first, int64_t last) { kernels.forward(args, first, last); });
+    }
     const Tensor out_block = outputs.rows(begin, count).tensor();
     if (bias2.has_value()) {
       multiply_add(out_block, b2, up_block, w2_t);
@@ -144,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
   const Tensor w1 = needs_grad_input ? as_dtype(weight1, product) : weight1;
   const Tensor wg = needs_grad_input && gated ? as_dtype(*weight_gate, product) : weight1;
   const Tensor grad_input =
-      needs_grad_input ? torch::stable::new_empty(dy, sizes_with_last(input, C)) : no_result(input);
+      needs_grad_input ? empty_like_sizes(dy, sizes_with_last(input, C), dy.scalar_type()) : no_result(input);
   const Tensor grad_bias1 = torch::stable::new_zeros(input, {has_bias1 ? F : 0}, ScalarType::Float);
   const Tensor grad_bias2 = torch::stable::new_zeros(input, {has_bias2 ? C2 : 0}, ScalarType::Float);
 
@@ -169,6 +149,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
   TransposedProductSum grad_weight1 = sum(needs_grad_weights, F, C);
   TransposedProductSum grad_weight_gate = sum(needs_grad_weights && gated, F, C);
   TransposedProductSum grad_weight2 = sum(needs_grad_weights, C2, F);
+  const auto bias_sums = [](int64_t rows) { return ceil_div(rows, kBiasRows); };
+  const Scratch grad_bias1_memory(has_bias1 ? bias_sums(std::min(N, block_rows)) * F * size_of(ScalarType::Float) : 0);
 
   const FeedForwardKernels& kernels = feed_forward_kernels();
   for (int64_t panel = 0; panel < N; panel += wanted) {
@@ -177,21 +159,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
       const int64_t count = panel_count - begin < block_rows ? panel_count - begin : block_rows;
       const Matrix dy_block = dys.rows(panel + begin, count);
       const Tensor grad = grads.rows(begin, count).tensor();
-      multiply(grad, dy_block.tensor(), w2_rows);
       const FeedForwardBackward args{
           .hidden = hs.at(panel + begin),
           .grad = grads.at(begin),
           .grad_gate = gated ? grad_gates.at(begin) : nullptr,
           .activated = needs_grad_weights ? activated.at(begin) : nullptr,
-          .grad_bias = has_bias1 ? mutable_pointer<float>(grad_bias1) : nullptr,
+          .grad_bias = has_bias1 ? grad_bias1_memory.as<float>() : nullptr,
           .activation = act,
           .dtype = element,
-          .rows = count,
           .cols = F,
       };
-      torch::stable::parallel_for(0, (F + 63) / 64, row_grain(64 * 4 * count), [&](int64_t first, int64_t last) {
-        kernels.backward(args, first * 64, last * 64 < F ? last * 64 : F);
-      });
+      if (own_product_is_faster(grad, dy_block.tensor())) {
+        own_product(dy_block.tensor(), w2_rows, {kernels.backward_block, &args});
+      } else {
+        multiply(grad, dy_block.tensor(), w2_rows);
+        torch::stable::parallel_for(0, bias_sums(count), row_grain(F * 4 * kBiasRows),
+                                    [&](int64_t first, int64_t last) {
+                                      kernels.backward(args, first * kBiasRows, std::min(last * kBiasRows, count));
+                                    });
+      }
+      if (has_bias1) {
+        const Matrix sums(args.grad_bias, bias_sums(count), F, ScalarType::Float);
+        add_rows(sums, bias_sums(count), F, DType::float32, mutable_pointer<float>(grad_bias1));
+      }
       if (has_bias2) add_rows(dy_block, count, C2, dtype_of(dy, "grad_output"), mutable_pointer<float>(grad_bias2));
       if (!needs_grad_input) continue;
       const Tensor dx = dxs.rows(panel + begin, count).tensor();

@@ -62,36 +62,56 @@ Gradients for_chunks(const Tensor& input, const Tensor& weight, const std::optio
   const int64_t N = input.size(0), C = input.size(1), V = weight.size(0);
   dtype_of(input, "input");  // an error for any other
   const ScalarType dtype = input.scalar_type(), product = products_in(dtype);
-  const int64_t most = chunk_rows(N, V, product);
+  // Our own product gives the losses block by block: then the logits are kept for the gradients alone.
+  const bool own = own_product_is_faster(product, N, V), keep_logits = gradients || !own;
+  const int64_t most = keep_logits ? chunk_rows(N, V, product) : N;
   const Tensor x = as_dtype(input, product), w = as_dtype(weight, product);
   const Tensor b = bias.has_value() ? as_dtype(*bias, product) : w;
-  args.dtype = dtype_of(x, "input");
-  args.cols = V;
-  const Tensor grad_input = gradients ? empty_like_sizes(input, {N, C}, product) : no_result(input);
+  // Into float32 it can take so deep a product in parts.
+  const bool own_dx = own_product_is_faster(product, N, C);
+  const ScalarType dx_dtype = own_dx ? ScalarType::Float : product;
+  const Tensor grad_input = gradients ? empty_like_sizes(input, {N, C}, dx_dtype) : no_result(input);
   const Tensor grad_bias = torch::stable::new_zeros(input, {gradients && bias.has_value() ? V : 0}, ScalarType::Float);
   TransposedProductSum grad_weight(input, gradients ? V : 0, gradients ? C : 0, product, N <= most);
 
-  const Scratch memory(most * V * size_of(product));
+  const int64_t block_cols = kGemmPanels * gemm_kernels().panel_cols, blocks = ceil_div(V, block_cols);
+  const Scratch logits_memory(keep_logits ? most * V * size_of(product) : 0);
+  const Scratch parts(own ? most * blocks * static_cast<int64_t>(sizeof(CrossEntropyPart)) : 0);
+  const Scratch target_logits(own ? most * static_cast<int64_t>(sizeof(float)) : 0);
   const Tensor w_rows = Matrix(w).tensor(), w_t = Matrix(w).transposed();
-  args.logits = memory.as<void>();
+  args.dtype = dtype_of(x, "input");
+  args.bias = bias.has_value() ? pointer(b) : nullptr;
+  args.logits = keep_logits ? logits_memory.as<void>() : nullptr;
+  args.parts = own ? parts.as<CrossEntropyPart>() : nullptr;
+  args.target_logits = target_logits.as<float>();
+  args.cols = V;
+  args.blocks = blocks;
+  args.block_cols = block_cols;
   const LinearCrossEntropyKernels& kernels = linear_cross_entropy_kernels();
   for (int64_t begin = 0; begin < N; begin += most) {
     const int64_t count = N - begin < most ? N - begin : most;
     const Matrix block = Matrix(x).rows(begin, count), logits(args.logits, count, V, product);
     const Tensor logits_tensor = logits.tensor();
-    if (bias.has_value()) {
+    if (own) {
+      own_product(block.tensor(), w_t, {kernels.block, &args});
+    } else if (bias.has_value()) {
       multiply_add(logits_tensor, b, block.tensor(), w_t);
     } else {
       multiply(logits_tensor, block.tensor(), w_t);
     }
-    torch::stable::parallel_for(0, count, row_grain(V * 4),
+    torch::stable::parallel_for(0, count, row_grain(keep_logits ? V * 4 : blocks * 64),
                                 [&](int64_t first, int64_t last) { kernels.losses(args, first, last); });
     args.target += count;
     args.losses += count;
     args.lse += count;
     if (!gradients) continue;
     args.row_weight += count;
-    multiply(Matrix(grad_input).rows(begin, count).tensor(), logits_tensor, w_rows);
+    const Tensor dx = Matrix(grad_input).rows(begin, count).tensor();
+    if (own_dx) {
+      own_product(dx, logits_tensor, w_rows, nullptr, false);
+    } else {
+      multiply(dx, logits_tensor, w_rows);
+    }
     grad_weight.add(logits, block);
     if (bias.has_value()) add_rows(logits, count, V, args.dtype, mutable_pointer<float>(grad_bias));
   }

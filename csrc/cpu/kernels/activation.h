@@ -1,4 +1,5 @@
-// The activations of the feed-forward layer and their derivatives, on registers.
+// The activations of the feed-forward layer and their derivatives, on registers: within 1e-7 for tensors of float and
+// Half, and within 4e-4 of the value, a tenth of an ulp, for those of BFloat16.
 #pragma once
 
 #include "feed_forward.h"
@@ -10,6 +11,33 @@ namespace {
 struct ValueAndSlope {
   Vec value, slope;
 };
+
+// 2^x within 8e-5 of the value.
+FASTFORMER_INLINE Vec rough_exp2(Vec x) {
+  x = min(broadcast(129.0f), max(broadcast(-150.0f), x));
+  const Vec n = round(x), r = x - n;
+  Vec p = fma(broadcast(5.51716680e-2f), r, broadcast(0.242611122f));
+  p = fma(p, r, broadcast(0.693260986f));
+  p = fma(p, r, broadcast(0.999928074f));
+  return scale_exponent(p, n);
+}
+
+// e^x for tensors of T.
+template <typename T>
+FASTFORMER_INLINE Vec exp_for(Vec x) {
+  if constexpr (__is_same(T, BFloat16)) return rough_exp2(x * broadcast(1.44269504f));
+  return exp(x);
+}
+
+// Phi(-t) for t >= 0, within 4e-4 of the value: 2^q(t), q of degree 5, which falls for all t.
+FASTFORMER_INLINE Vec rough_normal_tail(Vec t) {
+  Vec q = fma(broadcast(-2.13733178e-4f), t, broadcast(4.62514540e-3f));
+  q = fma(q, t, broadcast(-4.35423080e-2f));
+  q = fma(q, t, broadcast(-0.471507646f));
+  q = fma(q, t, broadcast(-1.14518399f));
+  q = fma(q, t, broadcast(-1.00045741f));
+  return rough_exp2(q);
+}
 
 // The normal distribution function within 1e-7, and in its lower tail within a few ulp down to x = -5.6.
 // |x| < 1: 1/2 + x p(x^2), p of degree 5 (7e-10). Beyond: Phi(-|x|) = exp(q(|x|)), q of degree 7 (2e-8 of the value).
@@ -34,23 +62,37 @@ FASTFORMER_INLINE Vec normal_cdf(Vec x) {
   return select(less(t, broadcast(1.0f)), centre, outside);
 }
 
+template <typename T>
+FASTFORMER_INLINE Vec normal_cdf_for(Vec x) {
+  if constexpr (!__is_same(T, BFloat16)) return normal_cdf(x);
+  const Vec tail = rough_normal_tail(abs(x));
+  return select(less(x, zero()), tail, broadcast(1.0f) - tail);
+}
+
 // sigmoid(x) and sigmoid(-x), each accurate where it is small.
 struct Sigmoid {
   Vec plus, minus;
 };
+template <typename T>
 FASTFORMER_INLINE Sigmoid sigmoid(Vec x) {
-  const Vec small = exp(zero() - abs(x));
+  const Vec small = exp_for<T>(zero() - abs(x));
   const Vec large = broadcast(1.0f) / (broadcast(1.0f) + small);
   const Vec other = small * large;
   const auto negative = less(x, zero());
   return {select(negative, other, large), select(negative, large, other)};
 }
 
+// Each has value<T> and value_and_slope<T> for tensors of T.
+
 struct Gelu {
-  FASTFORMER_INLINE Vec value(Vec x) { return x * normal_cdf(x); }
+  template <typename T>
+  FASTFORMER_INLINE Vec value(Vec x) {
+    return x * normal_cdf_for<T>(x);
+  }
+  template <typename T>
   FASTFORMER_INLINE ValueAndSlope value_and_slope(Vec x) {
-    const Vec cdf = normal_cdf(x);
-    const Vec density = broadcast(0.39894228f) * exp(broadcast(-0.5f) * x * x);
+    const Vec cdf = normal_cdf_for<T>(x);
+    const Vec density = broadcast(0.39894228f) * exp_for<T>(broadcast(-0.5f) * x * x);
     return {x * cdf, fma(x, density, cdf)};
   }
 };
@@ -59,9 +101,13 @@ struct Gelu {
 struct GeluTanh {
   static constexpr float kLinear = 1.59576912f, kCubic = 0.0713548163f;  // of 2u
   FASTFORMER_INLINE Vec twice_u(Vec x) { return x * fma(broadcast(kCubic) * x, x, broadcast(kLinear)); }
-  FASTFORMER_INLINE Vec value(Vec x) { return x * sigmoid(twice_u(x)).plus; }
+  template <typename T>
+  FASTFORMER_INLINE Vec value(Vec x) {
+    return x / (broadcast(1.0f) + exp_for<T>(zero() - twice_u(x)));
+  }
+  template <typename T>
   FASTFORMER_INLINE ValueAndSlope value_and_slope(Vec x) {
-    const Sigmoid s = sigmoid(twice_u(x));
+    const Sigmoid s = sigmoid<T>(twice_u(x));
     const Vec twice_u_slope = fma(broadcast(3 * kCubic) * x, x, broadcast(kLinear));
     // x times the sigmoids first: 0 where the cube of x would overflow.
     return {x * s.plus, fma(x * (s.plus * s.minus), twice_u_slope, s.plus)};
@@ -69,16 +115,24 @@ struct GeluTanh {
 };
 
 struct Relu {
-  FASTFORMER_INLINE Vec value(Vec x) { return max(zero(), x); }
+  template <typename T>
+  FASTFORMER_INLINE Vec value(Vec x) {
+    return max(zero(), x);
+  }
+  template <typename T>
   FASTFORMER_INLINE ValueAndSlope value_and_slope(Vec x) {
-    return {value(x), select(less(zero(), x), broadcast(1.0f), zero())};
+    return {value<T>(x), select(less(zero(), x), broadcast(1.0f), zero())};
   }
 };
 
 struct Silu {
-  FASTFORMER_INLINE Vec value(Vec x) { return x * sigmoid(x).plus; }
+  template <typename T>
+  FASTFORMER_INLINE Vec value(Vec x) {
+    return x / (broadcast(1.0f) + exp_for<T>(zero() - x));
+  }
+  template <typename T>
   FASTFORMER_INLINE ValueAndSlope value_and_slope(Vec x) {
-    const Sigmoid s = sigmoid(x);
+    const Sigmoid s = sigmoid<T>(x);
     return {x * s.plus, fma(x * s.plus, s.minus, s.plus)};
   }
 };

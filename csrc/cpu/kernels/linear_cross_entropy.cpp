@@ -1,33 +1,63 @@
 #include "linear_cross_entropy.h"
 
+#include <float.h>
+
 #include "lanes.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
 template <typename T>
-float row_max(const T* logits, int64_t cols) {
-  Vec peak = broadcast(-INFINITY);
+CrossEntropyPart part_of(const T* logits, int64_t cols, bool with_sum) {
+  Vec peaks = broadcast(-FLT_MAX);  // not -inf, whose distance to logits of -inf is NaN
   for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
     const Vec x = load_n(logits + i, n);
-    peak = max(peak, n == kLanes ? x : select(first_n(n), x, broadcast(-INFINITY)));
+    peaks = max(peaks, n == kLanes ? x : select(first_n(n), x, broadcast(-FLT_MAX)));
   });
-  return reduce_max(peak);
-}
-
-// sum(exp(logits - peak))
-template <typename T>
-float sum_exponentials(const T* logits, int64_t cols, float peak) {
+  const float peak = reduce_max(peaks);
   const Vec shift = broadcast(peak);
-  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+  const float total = sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
     const Vec exponential = exp(load_n(logits + i, n) - shift);
     return n == kLanes ? exponential : select(first_n(n), exponential, zero());
   });
+  if (!with_sum) return {peak, total, 0.0f};
+  return {peak, total, sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(logits + i, n); })};
+}
+
+CrossEntropyPart combined(const CrossEntropyPart* parts, int64_t count) {
+  CrossEntropyPart all = parts[0];
+  for (int64_t i = 1; i < count; ++i) all.peak = parts[i].peak > all.peak ? parts[i].peak : all.peak;
+  all.total = all.sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    all.total += parts[i].total * expf(parts[i].peak - all.peak);
+    all.sum += parts[i].sum;
+  }
+  return all;
 }
 
 template <typename T>
-float row_sum(const T* logits, int64_t cols) {
-  return sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(logits + i, n); });
+void block(const CrossEntropyRows& a, const GemmBlock& block) {
+  const int64_t cols = block.col_end - block.col_begin;
+  const T* bias = static_cast<const T*>(a.bias) + (a.bias == nullptr ? 0 : block.col_begin);
+  float logits[kGemmCols];
+  for (int64_t row = block.row_begin; row < block.row_end; ++row) {
+    const float* sums = block.sums + (row - block.row_begin) * block.stride;
+    T* stored = static_cast<T*>(a.logits) + (a.logits == nullptr ? 0 : row * a.cols + block.col_begin);
+    for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      Vec x = load_n(sums + i, n);
+      if (a.bias != nullptr) x = x + load_n(bias + i, n);
+      if (a.logits != nullptr) store_n(stored + i, x, n);
+      store_n(logits + i, x, n);
+    });
+    a.parts[row * a.blocks + block.col_begin / a.block_cols] = part_of(logits, cols, a.label_smoothing > 0.0f);
+    const int64_t target = a.target[row] - block.col_begin;
+    if (target >= 0 && target < cols) a.target_logits[row] = logits[target];
+  }
+}
+
+void block(const void* args, const GemmBlock& part) {
+  const CrossEntropyRows& a = *static_cast<const CrossEntropyRows*>(args);
+  visit(a.dtype, [&]<typename T>() { block<T>(a, part); });
 }
 
 // logits = weight (exp(logits - peak) / total - s / cols), and weight (1 - s) less at the target.
@@ -55,7 +85,8 @@ void loss_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
   const float s = a.label_smoothing;
   for (int64_t row = begin; row < end; ++row) {
     T* logits = static_cast<T*>(a.logits) + row * a.cols;
-    const float peak = row_max(logits, a.cols), total = sum_exponentials(logits, a.cols, peak);
+    const auto [peak, total, sum] =
+        a.parts != nullptr ? combined(a.parts + row * a.blocks, a.blocks) : part_of(logits, a.cols, s > 0.0f);
     const float log_total = logf(total);
     a.lse[row] = peak + log_total;
     if (a.target[row] == a.ignore_index) {
@@ -63,9 +94,10 @@ void loss_rows(const CrossEntropyRows& a, int64_t begin, int64_t end) {
       if (a.row_weight != nullptr) clear(logits, a.cols);
       continue;
     }
-    float loss = log_total + (peak - to_float(logits[a.target[row]]));
+    const float hit = a.parts != nullptr ? a.target_logits[row] : to_float(logits[a.target[row]]);
+    float loss = log_total + (peak - hit);
     if (s > 0.0f) {
-      const float mean = row_sum(logits, a.cols) / static_cast<float>(a.cols);
+      const float mean = sum / static_cast<float>(a.cols);
       loss = (1.0f - s) * loss + s * (log_total + (peak - mean));
     }
     a.losses[row] = loss;
@@ -79,6 +111,6 @@ void losses(const CrossEntropyRows& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const LinearCrossEntropyKernels linear_cross_entropy{losses};
+const LinearCrossEntropyKernels linear_cross_entropy{block, losses};
 
 }  // namespace fastformer::FASTFORMER_LEVEL
