@@ -14,13 +14,14 @@ import torch
 
 import fastformer
 
-from . import bench_hugging_face, machine, report, scaling
+from . import bench_generation, bench_hugging_face, bench_train_step, machine, report, scaling
 from .harness import Case, Pace, Row, run_case, timer_for
 
-OPERATIONS = ("softmax", "layer_norm", "attention", "feed_forward", "linear_cross_entropy", "rotary")
+OPERATIONS = ("softmax", "layer_norm", "attention", "linear", "feed_forward", "linear_cross_entropy", "rotary")
 # In the full suite alone.
 LONG_OPERATIONS = ("attention_window", "varlen_attn")
-HUGGING_FACE = "hugging_face"
+# Whole models, whose rows come from the module itself; likewise.
+MODELS = {"train_step": bench_train_step, "generation": bench_generation, "hugging_face": bench_hugging_face}
 SUITES = ("quick", "cpu", "full")
 END_TO_END = "gpt"
 PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
@@ -29,7 +30,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of d
 # Seconds that the progress bar expects of each part until it has seen how fast the machine is.
 LIMITS_SECONDS = 3.0
 CASE_SECONDS = {False: 2.0, True: 5.0}  # without, with torch.compile
-HUGGING_FACE_SECONDS = 5.0  # a row
+MODEL_SECONDS = 5.0  # a row
 END_TO_END_SECONDS = 60.0
 SCALING_SECONDS = 0.5  # a point
 QUICK_SECONDS = 230.0
@@ -90,8 +91,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="quick: at most 4 minutes on 2 cores (the default); cpu: more sizes, and how times grow with them, without"
         " torch.compile of single operations; full: ten times as many samples, everything, no time limit",
     )
-    names = (*OPERATIONS, END_TO_END, *LONG_OPERATIONS, HUGGING_FACE)
-    only_named = ", ".join((*LONG_OPERATIONS, HUGGING_FACE))
+    names = (*OPERATIONS, END_TO_END, *LONG_OPERATIONS, *MODELS)
+    only_named = ", ".join((*LONG_OPERATIONS, *MODELS))
     metavar = f"OP ({', '.join((*OPERATIONS, END_TO_END))}; only if named or with --suite full: {only_named})"
     parser.add_argument("--only", action="append", choices=names, metavar="OP", help=f"run this {metavar}; repeatable")
     parser.add_argument("--skip", action="append", choices=names, metavar="OP", default=[], help="leave this out")
@@ -115,7 +116,7 @@ def _run(options: argparse.Namespace) -> report.Results:
         pace = Pace(compile=compiles, row_seconds=5.0, min_rounds=10, max_rounds=1000)
     else:
         pace = Pace(compile=compiles, suite_seconds=QUICK_SECONDS if options.suite == "quick" else None)
-    long = (*LONG_OPERATIONS, HUGGING_FACE) if options.suite == "full" else ()
+    long = (*LONG_OPERATIONS, *MODELS) if options.suite == "full" else ()
     wanted = [name for name in options.only or (*OPERATIONS, *long, END_TO_END) if name not in options.skip]
     dtypes = [DTYPES[options.dtype]] if options.dtype else list(DTYPES.values())
     cases = [
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace) -> report.Results:
     ]
     expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
     total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
-    total += HUGGING_FACE_SECONDS * bench_hugging_face.COUNT if HUGGING_FACE in wanted else 0
+    total += MODEL_SECONDS * sum(module.COUNT for name, module in MODELS.items() if name in wanted)
     # Of the whole suite, not of what is picked from it.
     threads = {1, torch.get_num_threads()} if options.suite == "cpu" and not options.only else set()
     total += SCALING_SECONDS * scaling.POINTS * len(threads)
@@ -147,12 +148,12 @@ def _run(options: argparse.Namespace) -> report.Results:
                     for row in run_case(case, backend, timer, limits, pace, rng):
                         rows.append(row)
                 bar.update(seconds)
-            if HUGGING_FACE in wanted:
-                bar.set_description_str("transformers' models, plain and accelerated")
-                own_pace = pace if options.suite == "full" else Pace(compile=False, row_seconds=1.0, min_rounds=9)
-                for row in bench_hugging_face.rows(device, timer, limits, own_pace, rng):
+            own_pace = pace if options.suite == "full" else Pace(compile=False, row_seconds=1.0, min_rounds=9)
+            for name in (name for name in MODELS if name in wanted):
+                bar.set_description_str(f"{name}: whole models")
+                for row in MODELS[name].rows(device, timer, limits, own_pace, rng):
                     rows.append(row)
-                    bar.update(HUGGING_FACE_SECONDS)
+                    bar.update(MODEL_SECONDS)
             bar.set_description_str("how times grow")
             for count in sorted(threads):
                 with fastformer.backend(backend):

@@ -58,6 +58,13 @@ STABLE_TORCH_LIBRARY(fastformer, m) {
       " Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)");
 
+  // input weight^T + bias. input [..., C], weight [F, C], bias [F].
+  m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  // weight asks for grad_input, input for grad_weight.
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool needs_grad_bias)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
   // activation(input weight1^T + bias1) weight2^T + bias2, or with weight_gate
   // (activation(input weight_gate^T) * (input weight1^T + bias1)) weight2^T + bias2.
   // input [..., C], weight1 and weight_gate [F, C], weight2 [C2, F]. hidden: the arguments of the activation and the

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastformer.ops._common import check_probability as _check_probability
 from fastformer.ops.feed_forward import feed_forward as _feed_forward
 from fastformer.ops.layer_norm import layer_norm as _layer_norm
+from fastformer.ops.linear import linear as _linear
 from fastformer.ops.linear_cross_entropy import linear_cross_entropy as _linear_cross_entropy
 from fastformer.ops.rotary import rotary as _rotary
 from fastformer.ops.scaled_dot_product_attention import scaled_dot_product_attention as _sdpa
@@ -222,6 +223,18 @@ def varlen_attn(
     """
     arrays = (query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, return_aux, scale, window_size, enable_gqa)
     return _varlen_attn(*arrays, seqused_k, block_table, num_splits, is_causal, softcap, alibi_slopes, sinks)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's linear: ``input weight^T + bias``, in float32 sums.
+
+    Args:
+        input: [..., C]; weight: [F, C]; bias: [F].
+
+    Returns:
+        [..., F].
+    """
+    return _linear(input, weight, bias)
 
 
 def feed_forward(

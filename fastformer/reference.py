@@ -177,6 +177,12 @@ def attention(
     return weights @ value, lse
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input weight^T + bias``."""
+    product = input.double() @ weight.double().mT
+    return product if bias is None else product + bias.double()
+
+
 def feed_forward(
     input: Tensor,
     weight1: Tensor,
@@ -188,10 +194,10 @@ def feed_forward(
     weight_gate: Tensor | None = None,
 ) -> Tensor:
     """``activation(input W1^T + b1) W2^T + b2``; gated: ``(activation(input Wg^T) * (input W1^T + b1)) W2^T + b2``."""
-    hidden = _linear(input, weight1, bias1)
+    hidden = linear(input, weight1, bias1)
     act = ACTIVATIONS[activation]
-    hidden = act(hidden) if weight_gate is None else act(_linear(input, weight_gate, None)) * hidden
-    return _linear(hidden, weight2, bias2)
+    hidden = act(hidden) if weight_gate is None else act(linear(input, weight_gate, None)) * hidden
+    return linear(hidden, weight2, bias2)
 
 
 def linear_cross_entropy(
@@ -204,7 +210,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(losses, lse) of each row: ``lse - (1 - s) logit[target] - s mean(logits)``; 0 where target is ignore_index."""
-    logits = _linear(input, weight, bias)
+    logits = linear(input, weight, bias)
     lse = torch.logsumexp(logits, -1)
     kept = target != ignore_index
     picked = logits.gather(-1, torch.where(kept, target, 0).unsqueeze(-1)).squeeze(-1)
@@ -225,11 +231,6 @@ def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, interleaved:
         return torch.cat((turned, rest), -1)
 
     return rotate(query), rotate(key)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = input.double() @ weight.double().mT
-    return product if bias is None else product + bias.double()
 
 
 def _masked_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fastformer
 from fastformer import nn
@@ -57,7 +58,8 @@ def model() -> Model:
 
 
 TOKENS = torch.arange(12).view(2, 6)
-DECODER = {"decoder", *(f"decoder.{part}" for part in ("self_attn", "multihead_attn", "norm1", "norm2", "norm3"))}
+PARTS = ("self_attn", "multihead_attn", "norm1", "norm2", "norm3", "linear1", "linear2")
+DECODER = {"decoder", *(f"decoder.{part}" for part in PARTS)}
 
 
 def kinds(model: torch.nn.Module) -> dict[str, type]:
@@ -75,12 +77,14 @@ def test_same_model(model: Model, training: bool) -> None:
 
     swapped = {layer.name for layer in report.swapped}
     assert swapped == {
-        *(f"encoder.layers.{i}{part}" for i in (0, 1) for part in ("", ".self_attn", ".norm1", ".norm2")),
+        *(f"encoder.layers.{i}.{part}" for i in (0, 1) for part in PARTS if part not in ("multihead_attn", "norm3")),
+        *(f"encoder.layers.{i}" for i in (0, 1)),
         "encoder",
         *DECODER,
         "norm",
         "heads.rms",
         "probabilities",
+        "unembedding",
     }
     for name, kind in kinds(original).items():
         assert kinds(model)[name] is (FASTER[kind] if name in swapped or name == "heads.norm" else kind), name
@@ -109,14 +113,14 @@ def test_report(model: Model) -> None:
     assert kinds(model) == before
     report = fastformer.accelerate(model)
     assert report.swapped == planned.swapped and report.left == planned.left
-    assert "17 layers would be swapped" in str(planned)
+    assert "24 layers would be swapped" in str(planned)
     text = str(report)
-    assert "17 layers swapped" in text and "now fastformer.nn.TransformerEncoderLayer" in text
+    assert "24 layers swapped" in text and "now fastformer.nn.TransformerEncoderLayer" in text
     assert "encoder.layers.0, encoder.layers.1" in text
     reasons = {layer.name: layer.reason for layer in report.left}
     assert reasons["heads.mine"] == "a subclass of torch.nn.LayerNorm"
     assert reasons["embedding"] == "fastformer has no such layer"
-    assert reasons["encoder.layers.0.linear1"] == "part of a swapped layer"
+    assert reasons["encoder.layers.0.self_attn.out_proj"] == "part of a swapped layer"
     assert reasons["decoder.norm1"] == "its forward was replaced"
     again = fastformer.accelerate(model)
     assert not again.swapped
@@ -130,7 +134,7 @@ def test_report(model: Model) -> None:
         ({"only": ["decoder.norm1", torch.nn.Softmax]}, {"decoder.norm1", "probabilities"}),
         ({"only": torch.nn.LayerNorm, "skip": ["encoder", "decoder"]}, {"norm"}),
         ({"skip": torch.nn.Module}, set()),
-        ({"skip": [torch.nn.TransformerEncoderLayer, "decoder", "heads"]}, {"encoder", "probabilities"}),
+        ({"skip": [torch.nn.TransformerEncoderLayer, "decoder", "heads"]}, {"encoder", "probabilities", "unembedding"}),
     ],
 )
 def test_only_and_skip(model: Model, options: dict[str, Any], swapped: set[str]) -> None:
@@ -216,6 +220,18 @@ def test_dtype_and_meta() -> None:
     model = torch.nn.Sequential(torch.nn.LayerNorm(E, dtype=torch.bfloat16), torch.nn.RMSNorm(E, device="meta"))
     fastformer.accelerate(model)
     assert model[0].weight.dtype == torch.bfloat16 and model[1].weight.is_meta
+
+
+def test_weights_that_are_no_plain_tensors_stay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(E, E), torch.nn.Linear(E, E), torch.nn.Linear(E, E))
+    model[0].weight = torch.nn.Parameter(TwoTensor(model[0].weight.detach(), model[0].weight.detach()))
+    parametrize.register_parametrization(model[1], "weight", torch.nn.Softplus())
+    before, x = kinds(model)["1"], torch.randn(3, E)
+    expected = model(x)
+    report = fastformer.accelerate(model)
+    assert {layer.name: layer.reason for layer in report.left}["0"] == "its weight is a TwoTensor"
+    assert [layer.name for layer in report.swapped] == ["2"] and type(model[1]) is before
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_torch_and_other_models_stay(model: Model) -> None:

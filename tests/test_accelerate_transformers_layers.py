@@ -80,7 +80,7 @@ def test_relatives(family: str, backend: str) -> None:
             parameter += 0.1 * torch.randn_like(parameter)
     original = copy.deepcopy(model)
     report = fastformer.accelerate(model)
-    own = {f"{family}RMSNorm", f"{family}Attention"}
+    own = {f"{family}RMSNorm", f"{family}Attention", "Linear"}
     own |= set() if family == "Mixtral" else {f"{family}MLP", f"{family}ForCausalLM"}
     assert {layer.kind for layer in report.swapped} == own
     output = assert_same_step(model, original, **draw_inputs("llama", padding="right", labels=True))

@@ -34,11 +34,18 @@ def tied_feed_forward(weight: Tensor) -> Tensor:
     return F.feed_forward(weight[:3], weight, None, weight.t(), None)
 
 
+def multiplied_by_itself(weight: Tensor) -> Tensor:
+    return F.linear(weight[:3], weight, weight[:, 0])
+
+
 def normed_twice(x: Tensor) -> Tensor:
     return F.rms_norm(F.rms_norm(x, (C,), x[0]), (C,), x[0])
 
 
-@pytest.mark.parametrize("function", [attend_to_itself, tied_loss, tied_feed_forward, normed_twice])
+TIED = [attend_to_itself, tied_loss, tied_feed_forward, multiplied_by_itself, normed_twice]
+
+
+@pytest.mark.parametrize("function", TIED)
 def test_gradients_of_gradients_of_inputs_that_come_from_one_another(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(2, 4, 8, C) if function is attend_to_itself else torch.randn(11, C)
 
@@ -75,6 +82,7 @@ FUNCTIONS = [
     lambda x: F.softmax(x, -1),
     lambda x: F.rms_norm(x, (C,)),
     lambda x: F.layer_norm(x, (C,)),
+    lambda x: F.linear(x, torch.linspace(-1, 1, 4 * C).view(4, C).to(x), torch.ones(4).to(x)),
     lambda x: F.feed_forward(x, torch.ones(4, C).to(x), None, torch.ones(C, 4).to(x), None),
     lambda x: F.rotary(x[None, None], x[None, None], torch.ones(4, 8), torch.ones(4, 8))[0],
     lambda x: F.linear_cross_entropy(x, torch.eye(C).to(x), torch.arange(4)),

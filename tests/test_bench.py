@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastformer.benchmarks import bench_gpt, harness, machine, readme_table, report, run, scaling
+from fastformer.benchmarks import bench_generation, bench_gpt, harness, machine, readme_table, report, run, scaling
 from fastformer.benchmarks.harness import FORWARD, TRAINING, Case, Limits, Pace, Timing, Work
 
 LIMITS = Limits(
@@ -283,6 +283,25 @@ def test_json_holds_what_the_table_shows() -> None:
     summary = report.format_end_to_end(results["end_to_end"])
     assert "1.50x" in summary and "2 MiB" in summary and "7.0001" in summary
     assert max(map(len, summary.splitlines())) <= report.WIDTH
+
+
+def test_generation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 50, "context_length": 32, "num_layers": 2, "num_heads": 2, "d_model": 16}
+    for name, value in {"SIZES": sizes, "PROMPT": 7, "NEW_TOKENS": 5, "BATCHES": (2,)}.items():
+        monkeypatch.setattr(bench_generation, name, value)
+    limits = Limits({1024: 1e9}, {1024: 1e9}, dict.fromkeys(bench_generation.DTYPES, 1e9))
+    arguments = (torch.device("cpu"), harness.CpuTimer(), limits, Pace(row_seconds=0.0, min_rounds=1), random.Random(0))
+    rows = list(bench_generation.rows(*arguments))
+    assert [(row.shape, row.dtype, row.problem) for row in rows] == [("2x7+5", "bf16", ""), ("2x7+5", "fp32", "")]
+    assert all(row.speedups().keys() == {"eager"} and row.error_share < 1 for row in rows)
+
+    plain = bench_generation.PlainGPT(*sizes.values())
+    prompt = torch.randint(50, (2, 7))
+    tokens = bench_generation.PlainGenerator(plain, 2).generate(prompt)
+    for length in range(7, 12):  # its cache changes nothing
+        assert torch.equal(plain(tokens[:, :length])[:, -1].argmax(-1), tokens[:, length])
+    monkeypatch.setattr(bench_generation.GPT, "unembed", lambda self, x: 1.1 * x @ self.token_embedding.weight.mT)
+    assert all(row.problem and row.ours is None for row in bench_generation.rows(*arguments))
 
 
 def test_end_to_end_runs_agree_and_unequal_ones_get_no_speed() -> None:

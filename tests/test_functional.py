@@ -40,6 +40,13 @@ def test_attentions_signature() -> None:
     assert torchs == SDPA
 
 
+def test_linears_signature() -> None:
+    """Likewise."""
+    assert "linear(input, weight, bias=None)" in torch_functional.linear.__doc__
+    parameters = inspect.signature(F.linear).parameters.values()
+    assert [(p.name, p.default) for p in parameters][2:] == [("bias", None)] and len(parameters) == 3
+
+
 def test_other_names_are_torchs_own() -> None:
     assert F.relu is torch_functional.relu
     assert nn.Embedding is torch.nn.Embedding
@@ -70,12 +77,12 @@ print(seconds)
 def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose checks are the kernels' own; anything unusual is checked the careful way, as the tests of errors show."""
     from fastformer import backends
-    from fastformer.ops import feed_forward, layer_norm, rotary, scaled_dot_product_attention, softmax
+    from fastformer.ops import feed_forward, layer_norm, linear, rotary, scaled_dot_product_attention, softmax
 
     def careful(*args: object) -> None:
         raise AssertionError("checked the careful way")
 
-    for operation in (feed_forward, layer_norm, rotary, scaled_dot_product_attention, softmax):
+    for operation in (feed_forward, layer_norm, linear, rotary, scaled_dot_product_attention, softmax):
         monkeypatch.setattr(operation, "_check", careful)
     x, row, head = torch.randn(2, 3, 4, 8), torch.ones(8), torch.randn(4, 4)
     matrix = torch.randn(8, 8)
@@ -83,6 +90,7 @@ def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> N
         lambda: F.softmax(x, -1),
         lambda: F.layer_norm(x, (8,), row, row),
         lambda: F.rms_norm(x, (8,), row),
+        lambda: F.linear(x, matrix, row),
         lambda: F.add_layer_norm(x, x, (8,), row, row),
         lambda: F.scaled_dot_product_attention(x, x, x, is_causal=True),
         lambda: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], torch.ones(4, 4).bool(), enable_gqa=True),
@@ -93,7 +101,7 @@ def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> N
         for call in calls:
             with fastformer.backend(backend):
                 call()
-    for call in calls[:5]:
+    for call in calls[:6]:
         with fastformer.backend("torch"):
             call()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AssertionError):

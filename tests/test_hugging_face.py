@@ -351,7 +351,7 @@ def test_benchmark_gives_every_case_a_time(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(bench_hugging_face, "ARCHITECTURES", {"t5": ARCHITECTURES["t5"]})
     monkeypatch.setattr(bench_hugging_face, "BENCH", bench_hugging_face.TINY)
     device = torch.device("cpu")
-    limits = harness.Limits(cache_bytes=1 << 20, cache_copy=1e9, memory_copy=1e9, product={torch.float32: 1e9})
+    limits = harness.Limits(copy={1 << 20: 1e9}, read={1 << 20: 1e9}, product={torch.float32: 1e9})
     pace = harness.Pace(row_seconds=0.0, min_rounds=1)
     rows = list(bench_hugging_face.rows(device, harness.timer_for(device), limits, pace, random.Random(0)))
     assert [(row.shape, row.mode) for row in rows] == [

@@ -128,6 +128,7 @@ FUNCTIONS = [
     ),
     function("attention, dropout", sdpa(dropout_p=0.4), heads, heads, heads),
     function("varlen_attn", packed_attention, packed, packed, packed, starts, shared=(3,)),
+    function("linear", F.linear, tokens, matrix(HIDDEN, C), lambda _: torch.randn(HIDDEN), shared=(1, 2)),
     function(
         "feed_forward",
         lambda x, w1, b1, w2, b2: F.feed_forward(x, w1, b1, w2, b2),
@@ -154,6 +155,7 @@ MODULES = [
     module("Softmax", lambda: nn.Softmax(-1), tokens),
     module("LayerNorm", lambda: nn.LayerNorm(C), tokens),
     module("RMSNorm", lambda: nn.RMSNorm(C), tokens),
+    module("Linear", lambda: nn.Linear(C, HIDDEN), tokens),
     module("FeedForward", lambda: nn.FeedForward(C, HIDDEN, activation="silu", gated=True), tokens),
     module("MultiheadAttention", lambda: nn.MultiheadAttention(C, H, batch_first=True), tokens, tokens, tokens),
     module(

@@ -31,12 +31,12 @@ def test_signatures(name: str) -> None:
 def test_other_names_are_torchs() -> None:
     import fastformer.nn.functional as F
 
-    assert nn.Linear is torch.nn.Linear and nn.init is torch.nn.init and nn.utils is torch.nn.utils
+    assert nn.Embedding is torch.nn.Embedding and nn.init is torch.nn.init and nn.utils is torch.nn.utils
     assert nn.functional is F is fastformer.functional
     assert set(dir(torch.nn)) <= set(dir(nn))
     names: dict[str, Any] = {}
     exec("from fastformer.nn import *", names)
-    assert names["Linear"] is torch.nn.Linear and names["LayerNorm"] is nn.LayerNorm
+    assert names["Embedding"] is torch.nn.Embedding and names["LayerNorm"] is nn.LayerNorm
     with pytest.raises(AttributeError, match="NoSuchLayer"):
         _ = nn.NoSuchLayer
 

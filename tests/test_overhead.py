@@ -46,12 +46,13 @@ def least_times(*calls: Callable[[], object], runs: int = 60, calls_a_run: int =
             lambda: F.feed_forward(X, MATRIX, None, MATRIX, None),
             lambda: ops.feed_forward_forward(X, MATRIX, None, None, MATRIX, None, "gelu", False),
         ),
+        (lambda: F.linear(X, MATRIX, ROW), lambda: ops.linear_forward(X, MATRIX, ROW)),
         (
             lambda: F.rotary(HEADS, HEADS, ANGLES, ANGLES),
             lambda: ops.rotary_forward(HEADS, HEADS, ANGLES, ANGLES, False),
         ),
     ],
-    ids=["softmax", "layer_norm", "rms_norm", "add_layer_norm", "attention", "feed_forward", "rotary"],
+    ids=["softmax", "layer_norm", "rms_norm", "add_layer_norm", "attention", "feed_forward", "linear", "rotary"],
 )
 def test_a_function_costs_little_more_than_its_operator(
     call: Callable[[], object], operator: Callable[[], object]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastformer import functional as F
-from fastformer.nn.fusion import is_plain
+from fastformer.nn.fusion import LINEAR, is_plain
 
 if TYPE_CHECKING:
     from transformers.utils import ModelOutput
@@ -125,7 +125,7 @@ def reason_to_leave(model: torch.nn.Module) -> str:
     if hasattr(model, "_loss_function") or model.loss_type not in (None, "ForCausalLM"):
         return "its loss function was replaced"
     head = model.lm_head
-    if not is_plain(head, torch.nn.Linear) or head.weight.shape[0] != model.config.vocab_size:
+    if not is_plain(head, *LINEAR) or head.weight.shape[0] != model.config.vocab_size:
         return "its lm_head is no plain torch.nn.Linear over the vocabulary"
     return ""
 

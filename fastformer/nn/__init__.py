@@ -16,6 +16,7 @@ from fastformer import functional
 from fastformer.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from fastformer.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from fastformer.nn.feed_forward import FeedForward
+from fastformer.nn.linear import Linear
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm, RMSNorm
 from fastformer.nn.positional_encoding import PositionalEncoding
@@ -25,6 +26,7 @@ from fastformer.nn.transformer import Transformer
 __all__ = [
     "FeedForward",
     "LayerNorm",
+    "Linear",
     "MultiheadAttention",
     "PositionalEncoding",
     "RMSNorm",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 
 from fastformer import functional as F
-from fastformer.nn.fusion import is_plain
+from fastformer.nn.fusion import LINEAR, is_plain
+from fastformer.nn.linear import Linear
 from fastformer.ops.feed_forward import ACTIVATIONS
 
 
@@ -54,7 +55,7 @@ class FeedForward(Module):
 
     def forward(self, input: Tensor) -> Tensor:
         linears = [linear for linear in (self.linear1, self.linear2, self.linear_gate) if linear is not None]
-        if not all(is_plain(linear, Linear) for linear in linears):  # replaced, or with hooks
+        if not all(is_plain(linear, *LINEAR) for linear in linears):  # replaced, or with hooks
             return self._call_submodules(input)
         return F.feed_forward(
             input,

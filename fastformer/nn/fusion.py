@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastformer.nn.linear import Linear
+
+#: What is a linear layer and nothing else.
+LINEAR = (torch.nn.Linear, Linear)
+
 
 def is_plain(module: torch.nn.Module, *classes: type) -> bool:
     """Whether calling the module runs the forward of one of ``classes`` and no hook, so that it may be fused."""

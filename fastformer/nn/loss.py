@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastformer import functional as F
+from fastformer.nn.residual import use_faster_parts
 
 
 class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
@@ -13,6 +17,11 @@ class LinearCrossEntropyLoss(torch.nn.LinearCrossEntropyLoss):
 
     As in torch's, ``linear`` holds the parameters and is not called, so that its hooks don't run.
     """
+
+    @functools.wraps(torch.nn.LinearCrossEntropyLoss.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        use_faster_parts(self)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar, or with ``reduction="none"`` of the shape of a target of class indices.

@@ -10,9 +10,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastformer import functional as F
 from fastformer.nn import masks
+from fastformer.nn.fusion import is_plain
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -89,7 +91,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             output = output.squeeze(0)
         elif not self.batch_first:
             output = output.transpose(0, 1)
-        output = self.out_proj(output.flatten(-2))
+        output = output.flatten(-2)
+        if is_plain(self.out_proj, NonDynamicallyQuantizableLinear):
+            output = F.linear(output, self.out_proj.weight, self.out_proj.bias)
+        else:
+            output = self.out_proj(output)
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights.squeeze(0) if query.dim() == 2 else weights

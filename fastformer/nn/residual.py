@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from fastformer import functional as F
-from fastformer.nn.fusion import is_plain
+from fastformer.nn.fusion import LINEAR, is_plain
+from fastformer.nn.linear import Linear
 from fastformer.nn.multihead_attention import MultiheadAttention
 from fastformer.nn.normalization import LayerNorm
 
-_FASTER = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm}
+_FASTER = {torch.nn.MultiheadAttention: MultiheadAttention, torch.nn.LayerNorm: LayerNorm, torch.nn.Linear: Linear}
 
 
 def use_faster_parts(layer: torch.nn.Module) -> None:
-    """Make the attention and norms that torch's constructor built ours, which have the same parameters."""
+    """Make the attention, norms and linear layers of torch's constructor ours, which have the same parameters."""
     for part in layer.children():
         if type(part) in _FASTER:
             part.__class__ = _FASTER[type(part)]
@@ -57,9 +58,9 @@ def fused_feed_forward(
     """
     fused = (
         activation is not None
-        and is_plain(up, torch.nn.Linear)
-        and is_plain(down, torch.nn.Linear)
-        and (gate is None or (is_plain(gate, torch.nn.Linear) and gate.bias is None))
+        and is_plain(up, *LINEAR)
+        and is_plain(down, *LINEAR)
+        and (gate is None or (is_plain(gate, *LINEAR) and gate.bias is None))
         and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and not (dropout.training and dropout.p > 0)))
         and up.weight.dtype == down.weight.dtype  # transformers' T5 may keep the last in float32
     )

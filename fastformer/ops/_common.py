@@ -223,8 +223,9 @@ def forwards_backend(ctx: Any) -> AbstractContextManager[None]:
 # --- registering
 
 
-def register(operation: str, names: Sequence[str]) -> None:
-    """Give the operators ``names`` their Triton launchers, functions of the same names in triton_kernels/``operation``.
+def register(operation: str, names: Sequence[str], *, triton: bool = True) -> None:
+    """Give the operators ``names`` their rule for vmap, and their Triton launchers where the operation has some:
+    functions of the same names in triton_kernels/``operation``.
 
     On CUDA tensors they are the kernels. On CPU tensors they are taken only under Triton's interpreter and on request;
     otherwise the C++ kernel runs. They are imported at the first call.
@@ -249,9 +250,9 @@ def register(operation: str, names: Sequence[str]) -> None:
         return run
 
     for name in names:
-        if backends.TRITON:
+        if triton and backends.TRITON:
             _IMPLEMENTATIONS.impl(name, launch(name), "CUDA")
-        if backends.TRITON_INTERPRETED:
+        if triton and backends.TRITON_INTERPRETED:
             with warnings.catch_warnings():  # torch warns that the C++ kernel is being overridden, which is the purpose
                 warnings.simplefilter("ignore")
                 _IMPLEMENTATIONS.impl(name, launch_on_request(name), "CPU", with_keyset=True, allow_override=True)

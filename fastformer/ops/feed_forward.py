@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastformer import backends, reference
 from fastformer.ops import _common
+from fastformer.ops.linear import has_few_rows
 
 ACTIVATIONS = {
     "gelu": torch_functional.gelu,
@@ -35,7 +36,7 @@ def feed_forward(
     if dropout_p == 0 and _common.ordinary(*tensors):
         try:
             record = _common.needs_grad(*tensors)
-            if backends.choose("feed_forward", input, record=record) == "cpu":
+            if _choose(input, weight1, record) == "cpu":
                 return _forward(record, *tensors, activation, record)[0]
         except _common.CAUGHT:
             pass  # see _common.ordinary
@@ -49,7 +50,7 @@ def feed_forward(
     tensors = (input, weight1, bias1, weight_gate, weight2, bias2)
     record = _common.needs_grad(*tensors)
     unsupported = _common.unsupported(*tensors) or ("dropout in the hidden layer" if dropout_p > 0 else "")
-    kernel = backends.choose("feed_forward", input, unsupported=unsupported, record=record)
+    kernel = _choose(input, weight1, record, unsupported)
     if kernel == "torch":
         return _torch(*tensors, activation, dropout_p)
     if kernel == "reference" and dropout_p > 0:  # which has no random numbers
@@ -59,6 +60,12 @@ def feed_forward(
             input, weight1, bias1, weight2, bias2, activation=activation, weight_gate=weight_gate
         ).to(input.dtype)
     return _forward(record, *tensors, activation, record)[0]
+
+
+def _choose(input: Tensor, weight1: Tensor, record: bool, unsupported: str = "") -> str:
+    few = ("feed_forward_few_rows", input.dtype) in backends.FASTER and has_few_rows(input, weight1)
+    form, measured = ("feed_forward_few_rows", weight1) if few else ("feed_forward", input)
+    return backends.choose(form, measured, unsupported=unsupported, record=record)
 
 
 def _check(
