@@ -117,11 +117,11 @@ def _difference(ours: GPT, generator: PlainGenerator, prompt: Tensor) -> float:
 
 
 def _work(model: GPT, batch: int, dtype: torch.dtype) -> Work:
-    """Each new token reads the weights once; its part of the embeddings is their unembedding."""
-    used = sum(p.numel() for p in model.parameters()) - model.position_embedding.weight.numel()
-    # The prompt's product reads them once more, for PROMPT rows.
+    """Each new token, the first with the prompt, reads the weights once; of the embeddings as their unembedding."""
+    unembedding = model.token_embedding.weight.numel()
+    blocks = sum(p.numel() for p in model.parameters()) - unembedding - model.position_embedding.weight.numel()
     return Work(
-        bytes=NEW_TOKENS * used * dtype.itemsize,
-        flops=2 * used * batch * (PROMPT + NEW_TOKENS - 1),
+        bytes=NEW_TOKENS * (blocks + unembedding) * dtype.itemsize,
+        flops=2 * batch * (blocks * (PROMPT + NEW_TOKENS - 1) + unembedding * NEW_TOKENS),
         reads=True,
     )

@@ -10,6 +10,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from fastformer import functional, reference
+from fastformer.ops.linear import FEW_ROWS
 
 from .harness import FORWARD, TRAINING, Case, Work
 
@@ -18,7 +19,6 @@ SHAPES = {  # (rows, columns of the weight, rows of the weight)
     "cuda": [(8, 4096, 4096), (8192, 4096, 4096)],
 }
 MORE = {"cpu": [(1, 768, 3072), (1, 3072, 768), (8, 3072, 768), (1, 768, 50257), (8, 768, 50257)], "cuda": []}
-FEW_ROWS = 32
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:

@@ -175,7 +175,7 @@ def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
         return _Plan("is fastformer's already")
     if kind not in FASTER:
         base = next((base for base in FASTER if isinstance(module, base)), None)
-        if base is not None and not kind.__module__.startswith("torch.nn."):  # torch's attention has one inside
+        if base is not None and not kind.__module__.startswith("torch.nn.modules."):  # attention's out_proj
             return _Plan(f"a subclass of torch.nn.{base.__name__}")
         is_container = next(module.children(), None) is not None
         return None if is_container else _Plan(UNKNOWN)
@@ -184,7 +184,7 @@ def _plan(module: torch.nn.Module, model: torch.nn.Module) -> _Plan | None:
     weight = getattr(module, "weight", None)
     if weight is not None and type(weight) not in (torch.nn.Parameter, torch.Tensor):
         return _Plan(f"its weight is a {type(weight).__name__}")  # quantized, or distributed
-    if kind is torch.nn.Linear and weight.device.type not in ("cpu", "meta"):
+    if kind is torch.nn.Linear and weight is not None and weight.device.type not in ("cpu", "meta"):
         return _Plan(f"fastformer has no such layer for {weight.device.type}")
     return _Plan("", f"now fastformer.nn.{kind.__name__}", FASTER[kind])
 

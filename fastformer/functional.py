@@ -226,13 +226,16 @@ def varlen_attn(
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's linear: ``input weight^T + bias``, in float32 sums.
+    """torch's linear: ``input weight^T + bias``; sums of float16 and bfloat16 are in float32.
 
     Args:
         input: [..., C]; weight: [F, C]; bias: [F].
 
     Returns:
         [..., F].
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape, dtype or device.
     """
     return _linear(input, weight, bias)
 

@@ -229,9 +229,17 @@ def test_weights_that_are_no_plain_tensors_stay() -> None:
     before, x = kinds(model)["1"], torch.randn(3, E)
     expected = model(x)
     report = fastformer.accelerate(model)
-    assert {layer.name: layer.reason for layer in report.left}["0"] == "its weight is a TwoTensor"
+    left = {layer.name: layer.reason for layer in report.left}
+    assert left["0"] == "its weight is a TwoTensor" and left["1"] == "a subclass of torch.nn.Linear"
     assert [layer.name for layer in report.swapped] == ["2"] and type(model[1]) is before
     torch.testing.assert_close(model(x), expected)
+
+
+def test_layer_without_weight() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(E, E))
+    model[0].weight = None
+    fastformer.accelerate(model)
+    assert fastformer.restore(model) is not None or type(model[0]) is torch.nn.Linear
 
 
 def test_torch_and_other_models_stay(model: Model) -> None:

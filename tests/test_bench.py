@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastformer.benchmarks import bench_generation, bench_gpt, harness, machine, readme_table, report, run, scaling
+from fastformer.benchmarks import (
+    bench_generation,
+    bench_gpt,
+    bench_train_step,
+    harness,
+    machine,
+    readme_table,
+    report,
+    run,
+    scaling,
+)
 from fastformer.benchmarks.harness import FORWARD, TRAINING, Case, Limits, Pace, Timing, Work
 
 LIMITS = Limits(
@@ -302,6 +312,20 @@ def test_generation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(plain(tokens[:, :length])[:, -1].argmax(-1), tokens[:, length])
     monkeypatch.setattr(bench_generation.GPT, "unembed", lambda self, x: 1.1 * x @ self.token_embedding.weight.mT)
     assert all(row.problem and row.ours is None for row in bench_generation.rows(*arguments))
+
+
+def test_train_step_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = bench_train_step.GPTConfig(50, context_length=16, num_layers=1, num_heads=2, d_model=16)
+    monkeypatch.setattr(bench_train_step, "CONFIG", config)
+    limits = Limits({1024: 1e9}, {1024: 1e9}, dict.fromkeys(bench_train_step.DTYPES, 1e9))
+    pace = Pace(row_seconds=0.0, min_rounds=1, compile=False)
+    arguments = (torch.device("cpu"), harness.CpuTimer(), limits, pace, random.Random(0))
+    rows = list(bench_train_step.rows(*arguments))
+    assert [(row.shape, row.dtype, row.problem) for row in rows] == [("4x16", "bf16", ""), ("4x16", "fp32", "")]
+    assert all(row.speedups().keys() == {"eager"} and row.error_share < 1 for row in rows)
+    forward = bench_train_step.GPT.forward
+    monkeypatch.setattr(bench_train_step.GPT, "forward", lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
+    assert all(row.problem and row.ours is None for row in bench_train_step.rows(*arguments))
 
 
 def test_end_to_end_runs_agree_and_unequal_ones_get_no_speed() -> None:

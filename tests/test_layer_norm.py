@@ -151,6 +151,17 @@ def test_backward_is_bitwise_the_same_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@on_kernels
+@pytest.mark.parametrize(("affine", "cols"), [("both", 1051), ("weight", 130), ("bias", 130), ("none", 64)])
+def test_a_row_does_not_depend_on_its_place(target: Target, affine: str, cols: int) -> None:
+    x, weight, bias = tensor(target, 7, cols), tensor(target, cols), tensor(target, cols)
+    weight, bias = (weight if affine in ("both", "weight") else None), (bias if affine in ("both", "bias") else None)
+    with fastformer.backend(target.backend):
+        together = F.layer_norm(x, (cols,), weight, bias)
+        alone = torch.cat([F.layer_norm(row, (cols,), weight, bias) for row in x.split(1)])
+    assert torch.equal(together, alone)
+
+
 def test_gradient_of_summed_alone() -> None:
     x, residual = torch.randn(2, 3, 8, requires_grad=True).unbind(0)
     with fastformer.backend("cpu"):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as torch_functional
@@ -21,11 +23,22 @@ from torch._dynamo.testing import CompileCounter
 import fastformer
 import fastformer.functional as F
 from fastformer import backends, nn, reference
+from fastformer.ops import linear as linear_operation
 
 # There is no Triton kernel.
 on_targets = pytest.mark.parametrize("target", [t for t in TARGETS if t.backend != "triton"], ids=str)
 KERNELS = [t for t in KERNEL_TARGETS if t.backend != "triton"]
 on_kernels = pytest.mark.parametrize("target", KERNELS, ids=str)
+
+
+@pytest.fixture
+def ours_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` leaves nothing to torch's function for its size."""
+    forms = [(form, dtype) for form in ("linear", "linear_few_rows") for dtype in backends.KERNEL_DTYPES]
+    measured = {key: backends.Measurement(key[0], (), (key[1],), "2x") for key in forms}
+    monkeypatch.setattr(linear_operation, "_SMALL", {})
+    monkeypatch.setattr(backends, "FASTER", measured)
+    monkeypatch.setattr(backends, "_decided", {})
 
 
 def check_linear(target: Target, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -230,6 +243,7 @@ def test_export_with_any_number_of_rows() -> None:
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("ours_at_any_size")
 @pytest.mark.parametrize("backend", ["auto", KERNEL])
 def test_autocast(backend: str) -> None:
     layer = nn.Linear(40, 30)
@@ -244,7 +258,25 @@ def test_autocast(backend: str) -> None:
         assert "autocast" in fastformer.explain(F.linear, x, layer.weight)
 
 
-def test_torchs_own_cases() -> None:
+class Doubled(Tensor):
+    """Has its own linear."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * result if function is torch_functional.linear else result
+
+
+@pytest.mark.usefixtures("ours_at_any_size")
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_class_with_its_own_linear(rows: int) -> None:
+    x, weight = torch.randn(rows, 8), torch.randn(8, 8)
+    torch.testing.assert_close(F.linear(x, weight.as_subclass(Doubled)).as_subclass(Tensor), 2 * F.linear(x, weight))
+
+
+@pytest.mark.usefixtures("ours_at_any_size")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_torchs_own_cases(backend: str) -> None:
     x, weight = torch.randn(4, 6), torch.randn(5, 6)
     cases = [
         (x, weight[0], None),  # a weight that is a vector
@@ -257,19 +289,23 @@ def test_torchs_own_cases() -> None:
         (torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged), weight, None),
     ]
     for arguments in cases:
-        ours, theirs = F.linear(*arguments), torch_functional.linear(*arguments)
+        with fastformer.backend(backend):
+            ours, theirs = F.linear(*arguments), torch_functional.linear(*arguments)
         if ours.is_nested:
             ours, theirs = ours.values(), theirs.values()
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs)
     assert fastformer.explain(F.linear, x, weight.double().float(), torch.randn(1)).startswith("linear: torch")
 
 
+@pytest.mark.usefixtures("ours_at_any_size")
 def test_torch_func_and_forward_mode() -> None:
     x, weight = torch.randn(3, 4, 6), torch.randn(5, 6)
     expected = torch_functional.linear(x, weight)
     torch.testing.assert_close(torch.func.vmap(lambda x: F.linear(x, weight))(x), expected)
     raw = torch.func.vmap(lambda x: torch.ops.fastformer.linear_forward(x, weight, None))(x)
     torch.testing.assert_close(raw, expected)
+    grad = torch.func.grad(lambda x: F.linear(x, weight).sum())(x)
+    torch.testing.assert_close(grad, weight.sum(0).expand_as(x))
     _, tangent = torch.func.jvp(lambda x: F.linear(x, weight), (x,), (torch.ones_like(x),))
     torch.testing.assert_close(tangent, torch_functional.linear(torch.ones_like(x), weight))
 

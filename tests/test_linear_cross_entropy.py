@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastformer
 import fastformer.functional as F
-from fastformer import reference
+from fastformer import backends, reference
 
 CPU = Target("cpu", "cpu", torch.float32)
 
@@ -412,6 +412,19 @@ def test_errors(error: type, words: str, changes: dict) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("logit", [20.0, 100.0, 2000.0])
+def test_confident_rows_have_small_gradients(logit: float) -> None:
+    """Probabilities come from logits that are as exact as the log-sum-exp, whatever their size."""
+    weight = torch.nn.functional.normalize(torch.randn(500, 64), dim=1).bfloat16()
+    target = torch.arange(100)
+    input = (logit * weight[:100].double()).bfloat16().requires_grad_()
+    with fastformer.backend("cpu" if backends.CPU_LIBRARY else "torch"):
+        F.linear_cross_entropy(input, weight, target, reduction="sum").backward()
+    exact = input.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(exact @ weight.double().T, target, reduction="sum").backward()
+    assert (input.grad - exact.grad).abs().max() <= 0.01 * exact.grad.abs().max() + 1e-6
+
+
 def test_the_operator_on_no_rows() -> None:
     x, w, y = torch.empty(0, 4), torch.randn(7, 4), torch.empty(0, dtype=torch.int64)
     operator = torch.ops.fastformer.linear_cross_entropy_forward

@@ -67,6 +67,26 @@ def test_masks(target: Target, mask_shape: tuple[int, ...], boolean: bool) -> No
     check_softmax(target, tensor(target, 2, 3, 4, 9), mask, scale=0.5)
 
 
+@on_kernels
+@pytest.mark.parametrize("cols", [15, 16, 17, 31, 32, 33, 64, 130])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_masks_of_wider_rows(target: Target, cols: int, boolean: bool) -> None:
+    mask = torch.rand(5, cols, device=target.device) > 0.3 if boolean else tensor(target, 5, cols)
+    check_softmax(target, tensor(target, 3, 5, cols), mask, scale=0.5)
+
+
+@on_kernels
+@pytest.mark.parametrize("scale", [0.7, 1 / 3, -1.7])
+def test_huge_scaled_scores(target: Target, scale: float) -> None:
+    """The greatest one's exponential is 1 whatever the rounding of scale * x."""
+    greatest = 1e4 if target.dtype == torch.float16 else 1e30
+    x = tensor(target, 20, 37).double().mul(greatest).to(target.dtype)
+    with fastformer.backend(target.backend):
+        y = F.softmax(x, -1, scale=scale)
+    expected = (x.double() * scale).softmax(-1)
+    torch.testing.assert_close(y.double(), expected, rtol=2e-3 if target.dtype == torch.float16 else 0, atol=1e-3)
+
+
 @on_targets
 def test_causal_with_mask_and_rows_without_columns(target: Target) -> None:
     x = tensor(target, 2, 6, 5)

@@ -64,7 +64,9 @@ Gradients for_chunks(const Tensor& input, const Tensor& weight, const std::optio
   const ScalarType dtype = input.scalar_type(), product = products_in(dtype);
   // Our own product gives the losses block by block: then the logits are kept for the gradients alone.
   const bool own = own_product_is_faster(product, N, V), keep_logits = gradients || !own;
-  const int64_t most = keep_logits ? chunk_rows(N, V, product) : N;
+  const int64_t block_cols = kGemmPanels * gemm_kernels().panel_cols, blocks = ceil_div(V, block_cols);
+  // Without them `parts` are what is large; the weights are packed once for each chunk.
+  const int64_t most = keep_logits ? chunk_rows(N, V, product) : std::min<int64_t>(N, 4096);
   const Tensor x = as_dtype(input, product), w = as_dtype(weight, product);
   const Tensor b = bias.has_value() ? as_dtype(*bias, product) : w;
   // Into float32 it can take so deep a product in parts.
@@ -74,7 +76,6 @@ Gradients for_chunks(const Tensor& input, const Tensor& weight, const std::optio
   const Tensor grad_bias = torch::stable::new_zeros(input, {gradients && bias.has_value() ? V : 0}, ScalarType::Float);
   TransposedProductSum grad_weight(input, gradients ? V : 0, gradients ? C : 0, product, N <= most);
 
-  const int64_t block_cols = kGemmPanels * gemm_kernels().panel_cols, blocks = ceil_div(V, block_cols);
   const Scratch logits_memory(keep_logits ? most * V * size_of(product) : 0);
   const Scratch parts(own ? most * blocks * static_cast<int64_t>(sizeof(CrossEntropyPart)) : 0);
   const Scratch target_logits(own ? most * static_cast<int64_t>(sizeof(float)) : 0);

@@ -106,8 +106,9 @@ struct Finish {
   const void* context;
 };
 
-// Memory for one product's packed panels at a time, which each calling thread keeps: pieces of ever other sizes among
-// the tensors would scatter these over more pages than they need.
+// Memory for one product's packed panels at a time, at most kKeptPacking, which each calling thread keeps: pieces of
+// ever other sizes among the tensors would scatter these over more pages than they need.
+constexpr int64_t kKeptPacking = int64_t{16} << 20;
 inline void* packing_memory(int64_t bytes) {
   static thread_local std::optional<Scratch> memory;
   static thread_local int64_t size = 0;
@@ -137,7 +138,9 @@ inline void own_product(const Tensor& a, const Tensor& b, const Finish& finish) 
   int64_t rows = kGemmRows;  // of a task
   while (rows > 32 && ceil_div(M, rows) * group_blocks < 16) rows /= 2;
   const int64_t row_tasks = ceil_div(M, rows);
-  void* const packed = packing_memory(group_blocks * block_bytes);
+  const int64_t bytes = group_blocks * block_bytes;
+  const Scratch own(bytes > kKeptPacking ? bytes : 0);
+  void* const packed = bytes > kKeptPacking ? own.as<void>() : packing_memory(bytes);
   for (int64_t first = 0; first < N; first += group_blocks * block_cols) {
     const int64_t cols = std::min(group_blocks * block_cols, N - first), panels = ceil_div(cols, kernels.panel_cols);
     const Gemm gemm{dtype, matrix(a, 0), matrix(b, first), packed, M, cols, K, first, finish.function, finish.context};

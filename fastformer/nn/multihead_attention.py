@@ -21,7 +21,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention on fastformer's kernels (Vaswani et al. 2017, arXiv 1706.03762).
 
     It differs from torch's in three ways: a query that may attend to nothing has weights of zero, not NaN, and gives
-    ``out_proj`` of zeros; ``out_proj`` is called as a module, so that its hooks run; masks are checked. Nested tensors
+    ``out_proj`` of zeros; ``out_proj``'s hooks run; masks are checked. Nested tensors
     are torch's own case.
     """
 

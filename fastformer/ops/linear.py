@@ -53,7 +53,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     record = _common.needs_grad(input, weight, bias)
     form = "linear" if unsupported else _form(input, weight)
     kernel = backends.choose(form, weight, unsupported=unsupported, record=record)
-    if kernel == "reference":
+    if kernel == "reference" and not _is_torchs(input, weight, bias):
         return reference.linear(input, weight, bias).to(input.dtype)
     if kernel == "cpu":
         return _forward(record, input, weight, bias)
@@ -77,6 +77,13 @@ def _form(input: Tensor, weight: Tensor) -> str:
     return "linear_few_rows" if weight.stride(-1) == 1 else "linear_few_rows_transposed"
 
 
+def _is_torchs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """What only torch's function knows: numbers that are no floats, other layouts, weights that are no matrix."""
+    tensors = [x for x in (input, weight, bias) if x is not None]
+    plain = all(x.is_floating_point() and not x.is_nested and x.layout is torch.strided for x in tensors)
+    return not plain or weight.dim() != 2
+
+
 def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """What torch's function has and ours lacks for these arguments, or the empty string."""
     tensors = [x for x in (input, weight, bias) if x is not None]
@@ -88,6 +95,8 @@ def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
             break
         if x.is_nested or x.layout is not torch.strided:
             lacking = "a rule for nested or sparse tensors"
+        elif not torch.compiler.is_compiling() and _overrides(x):
+            lacking = f"a rule for {type(x).__name__}"
         elif x.dtype not in backends.KERNEL_DTYPES:
             lacking = f"a kernel for {x.dtype}"
     if not lacking and weight.dim() != 2:
@@ -95,6 +104,11 @@ def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     if not lacking and bias is not None and (bias.dim() != 1 or bias.shape[0] == 1 != weight.shape[0]):
         lacking = "a rule for a bias that is broadcast"
     return lacking
+
+
+def _overrides(x: Tensor) -> bool:
+    """Whether the tensor's class has torch's functions done its own way."""
+    return type(x).__torch_function__ not in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -72,9 +72,17 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
         }
         if (S & 4) {
           fetch<kWriteBytes>(output + i);
-          Pair y = (load_pair(normed + i, n) - normed_centre) * factor;
-          if (weight != nullptr) y = y * load_pair(weight + i, n);
-          if (bias != nullptr) y = y + load_pair(bias + i, n);
+          // Each sum is said to be fused: left to the compiler it differs between the steps' combinations, and so
+          // would rows by their place.
+          const Pair distance = load_pair(normed + i, n) - normed_centre;
+          Pair y = distance * factor;
+          if (weight != nullptr && bias != nullptr) {
+            y = fma(y, load_pair(weight + i, n), load_pair(bias + i, n));
+          } else if (weight != nullptr) {
+            y = y * load_pair(weight + i, n);
+          } else if (bias != nullptr) {
+            y = fma(distance, factor, load_pair(bias + i, n));
+          }
           store_pair(output + i, y, n);
         }
       });
@@ -135,8 +143,10 @@ void backward_rows(const LayerNormBackward& a, int64_t begin, int64_t end, float
           if (kOverlapBackward<T>) fetch<kWriteAhead, kLanes>(grad_input + i);
           const Vec g = load_n(grad - cols + i, n) * w;
           const Vec xhat = (load_n(summed - cols + i, n) - mean[1]) * rstd[1];
-          Vec dx = (g - m_g - xhat * m_gx) * rstd[1];
-          if (a.grad_summed != nullptr) dx = dx + load_n(row_of<T>(a.grad_summed, row - 1, cols) + i, n);
+          const Vec centred = fma(xhat, zero() - m_gx, g - m_g);
+          const Vec dx = a.grad_summed == nullptr
+                             ? centred * rstd[1]
+                             : fma(centred, rstd[1], load_n(row_of<T>(a.grad_summed, row - 1, cols) + i, n));
           store_n(grad_input + i, dx, n);
         }
       });

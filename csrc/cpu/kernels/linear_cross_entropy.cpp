@@ -46,10 +46,15 @@ void block(const CrossEntropyRows& a, const GemmBlock& block) {
     for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
       Vec x = load_n(sums + i, n);
       if (a.bias != nullptr) x = x + load_n(bias + i, n);
-      if (a.logits != nullptr) store_n(stored + i, x, n);
       store_n(logits + i, x, n);
     });
-    a.parts[row * a.blocks + block.col_begin / a.block_cols] = part_of(logits, cols, a.label_smoothing > 0.0f);
+    const CrossEntropyPart part = part_of(logits, cols, a.label_smoothing > 0.0f);
+    a.parts[row * a.blocks + block.col_begin / a.block_cols] = part;
+    if (a.logits != nullptr) {
+      for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
+        store_n(stored + i, load_n(logits + i, n) - broadcast(part.peak), n);
+      });
+    }
     const int64_t target = a.target[row] - block.col_begin;
     if (target >= 0 && target < cols) a.target_logits[row] = logits[target];
   }
@@ -60,18 +65,26 @@ void block(const void* args, const GemmBlock& part) {
   visit(a.dtype, [&]<typename T>() { block<T>(a, part); });
 }
 
-// logits = weight (exp(logits - peak) / total - s / cols), and weight (1 - s) less at the target.
+// logits = weight (exp(logits - peak) / total - s / cols), and weight (1 - s) less at the target. With parts, logits
+// are held as their distances to the peaks of these: rounded to bfloat16 they are exact where probabilities are large.
 template <typename T>
 void gradient(const CrossEntropyRows& a, int64_t row, float peak, float total) {
   T* logits = static_cast<T*>(a.logits) + row * a.cols;
   const float weight = a.row_weight[row], s = a.label_smoothing;
-  const Vec shift = broadcast(peak), factor = broadcast(weight / total);
-  const Vec smooth = broadcast(-weight * s / static_cast<float>(a.cols));
-  T* at_target = logits + a.target[row];
-  const Vec hit = fma(exp(load(at_target, 1) - shift), factor, smooth) - broadcast(weight * (1.0f - s));
-  for_lanes(0, a.cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    store_n(logits + i, fma(exp(load_n(logits + i, n) - shift), factor, smooth), n);
-  });
+  const Vec factor = broadcast(weight / total), smooth = broadcast(-weight * s / static_cast<float>(a.cols));
+  const CrossEntropyPart* parts = a.parts == nullptr ? nullptr : a.parts + row * a.blocks;
+  const int64_t block_cols = parts == nullptr ? a.cols : a.block_cols, target = a.target[row];
+  const auto shift_at = [&](int64_t col)
+                            FASTFORMER_LAMBDA { return parts == nullptr ? peak : peak - parts[col / block_cols].peak; };
+  T* at_target = logits + target;
+  const Vec hit =
+      fma(exp(load(at_target, 1) - broadcast(shift_at(target))), factor, smooth) - broadcast(weight * (1.0f - s));
+  for (int64_t begin = 0; begin < a.cols; begin += block_cols) {
+    const Vec shift = broadcast(shift_at(begin));
+    for_lanes(begin, smaller(begin + block_cols, a.cols), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      store_n(logits + i, fma(exp(load_n(logits + i, n) - shift), factor, smooth), n);
+    });
+  }
   store(at_target, hit, 1);
 }
 

@@ -32,7 +32,7 @@ struct CrossEntropyRows {
 
 struct LinearCrossEntropyKernels {
   // Takes a block of the product that makes the logits: adds the bias, fills in `parts` and `target_logits`, and stores
-  // the logits unless there is no place for them. args is a CrossEntropyRows.
+  // the logits, less the block's peak, unless there is no place for them. args is a CrossEntropyRows.
   void (*block)(const void* args, const GemmBlock&);
   // Rows [begin, end).
   void (*losses)(const CrossEntropyRows&, int64_t begin, int64_t end);

@@ -18,16 +18,19 @@ inline __attribute__((always_inline)) Vec exp_for<float>(Vec x) {
 
 // What the three steps of a row hand on.
 struct Progress {
-  float peak = 0.0f;     // the greatest score of the row of step 1
+  float peak = 0.0f;     // what has the greatest score in the row of step 1
   float inverse = 0.0f;  // 1 / the sum of exponentials of the row of step 2, 0 if there are none
 };
 
-// Step 0 takes the maximum of scale x0, step 1 the exponentials of scale x1 and their sum, step 2 writes them to y2.
+// Step 0 takes the maximum of x0, step 1 the exponentials of scale x1 and their sum, step 2 writes them to y2.
 // `exponentials` holds a row between steps 1 and 2. X is T, or float for scores that have a mask in them.
 template <typename T, int S, typename X>
 FASTFORMER_INLINE void softmax_steps(const X* x0, const X* x1, T* y2, int64_t cols, float scale, float* exponentials,
                                      Progress& progress) {
-  const Pair factor = both(broadcast(scale)), shift = both(broadcast(-progress.peak));
+  // The peak is taken of x, or of -x, and the scale multiplies distances to it: then it has an exponential of
+  // exactly 1.
+  const Pair sign = both(broadcast(scale < 0.0f ? -1.0f : 1.0f)), factor = both(broadcast(fabsf(scale)));
+  const Pair centre = both(broadcast(progress.peak));
   const Pair inverse = both(broadcast(progress.inverse));
   const Vec least = broadcast(-INFINITY);
   Pair peak = both(least), sum = both(zero());
@@ -36,14 +39,16 @@ FASTFORMER_INLINE void softmax_steps(const X* x0, const X* x1, T* y2, int64_t co
     for_pairs(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
       if (S & 1) {
         fetch<kReadAhead>(x0 + i);
-        peak = max(peak, keep(load_pair(x0 + i, n) * factor, n, least));
+        peak = max(peak, keep(load_pair(x0 + i, n) * sign, n, least));
       }
       if (S & 4) {
         fetch<kWriteAhead>(y2 + i);
-        store_pair(y2 + i, load_pair(exponentials + i, n) * inverse, n);
+        Pair y = load_pair(exponentials + i, n) * inverse;
+        if (sizeof(X) != sizeof(T) && n == kPair) y = in_pair_order<T>(y);  // they lie in the order of x1
+        store_pair(y2 + i, y, n);
       }
       if (S & 2) {
-        const Pair score = fma(load_pair(x1 + i, n), factor, shift);
+        const Pair score = (load_pair(x1 + i, n) * sign - centre) * factor;
         const Pair exponential = {exp_for<T>(score.first), exp_for<T>(score.second)};
         store_pair(exponentials + i, exponential, n);
         block_sum = block_sum + keep(exponential, n, zero());
