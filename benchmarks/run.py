@@ -154,8 +154,8 @@ def _run(options: argparse.Namespace) -> report.Results:
                 for row in MODELS[name].rows(device, timer, limits, own_pace, rng):
                     rows.append(row)
                     bar.update(MODEL_SECONDS)
-            bar.set_description_str("how times grow")
             for count in sorted(threads):
+                bar.set_description_str("how times grow")
                 with fastformer.backend(backend):
                     for point in scaling.points(count, rng):
                         curves.append(point)

@@ -42,7 +42,7 @@ from .attention_tiles import (
     use_descriptors,
     within_reach,
 )
-from .attention_visible import MASK_ALIGNMENT
+from .attention_visible import padded_columns
 
 DELTA_ROWS = 64  # queries a program of attention_delta_kernel takes
 
@@ -156,8 +156,7 @@ def attention_backward(
     )  # fmt: skip
     heads, kv_heads, seqlen_q, seqlen_k = (arguments[x] for x in ("heads", "kv_heads", "seqlen_q", "seqlen_k"))
     # Zeros, because tiles that no query sees are never visited.
-    mask_columns = triton.cdiv(seqlen_k, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
-    mask_shape = (batch, heads, seqlen_q, mask_columns) if needs_grad_mask else (0,)
+    mask_shape = (batch, heads, seqlen_q, padded_columns(seqlen_k)) if needs_grad_mask else (0,)
     grad_mask = query.new_zeros(mask_shape, dtype=torch.float32)
     delta = _delta(grad_output, grad_lse, output, lse)
     grad_sinks = lse.new_empty(0) if sinks is None else sink_gradients(sinks, lse, delta)

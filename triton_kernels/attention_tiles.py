@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention_visible import MASK_ALIGNMENT, mask_end, mask_pointers
+from .attention_visible import MASK_ALIGNMENT, mask_end, mask_pointers, padded_columns
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -213,7 +213,7 @@ def _aligned_mask(mask: Tensor) -> Tensor:
             mask = mask.narrow(dim, 0, 1)
     *rows, columns = mask.shape
     strides = [stride if size > 1 else 0 for size, stride in zip(rows, mask.stride())]
-    padded = triton.cdiv(columns, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
+    padded = padded_columns(columns)
     last = mask.storage_offset() + sum((size - 1) * stride for size, stride in zip(rows, strides))
     aligned = columns == 1 or (
         mask.stride(-1) == 1

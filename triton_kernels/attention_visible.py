@@ -93,6 +93,11 @@ def mask_pointers(mask, mask_strides, first_query, first_key, row, column):
     return corner + (row * mask_strides[0] + column * mask_strides[1])
 
 
+def padded_columns(seqlen_k: int) -> int:
+    """mask_end on the host: what a row of a mask takes in memory."""
+    return triton.cdiv(seqlen_k, MASK_ALIGNMENT.value) * MASK_ALIGNMENT.value
+
+
 @triton.jit
 def mask_end(seqlen_k):
     """Up to which key a mask's rows can be read; what lies beyond seqlen_k means nothing."""
