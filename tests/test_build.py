@@ -176,3 +176,25 @@ with fastformer.backend("cpu" if {backends.CPU_LIBRARY} else "torch"):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str([[0.25] * 4] * 2)
+
+
+LARGE_OUTPUT = """
+import torch, fastformer, fastformer.functional as F
+with fastformer.backend("cpu"):
+    y = F.softmax(torch.zeros(4096, 4096), -1)
+middle = y.data_ptr() + y.nbytes // 2
+for line in open("/proc/self/smaps"):
+    fields = line.split()
+    if not fields[0].endswith(":"):
+        first, last = (int(address, 16) for address in fields[0].split("-"))
+    elif fields[0] == "VmFlags:" and first <= middle < last:
+        print("hg" in fields, y.sum().item())
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no Linux")
+@pytest.mark.parametrize("switch", ["0", "1", None])
+def test_large_outputs_ask_for_large_pages(switch: str | None) -> None:
+    result = python(LARGE_OUTPUT, **({} if switch is None else {"THP_MEM_ALLOC_ENABLE": switch}))
+    assert result.stdout.split() == [str(switch != "0"), "4096.0"], result.stderr

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -50,11 +51,15 @@ inline Tensor as_float(const Tensor& tensor, const char* name) {
 // Asks for pages of 2 MiB under a large piece of fresh memory. One beyond malloc's largest threshold, 32 MiB, comes
 // from the system anew each time, a smaller one now and then, and to map it in pages of 4 KiB takes longer than most
 // kernels do: 64 MiB are filled in 16 ms so, in 4.4 ms in large pages (two cores of a Zen 5). Where it had pages,
-// nothing changes.
+// nothing changes. THP_MEM_ALLOC_ENABLE=0, torch's own switch, leaves it to the system.
 inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
+  static const bool kWanted = [] {
+    const char* value = std::getenv("THP_MEM_ALLOC_ENABLE");
+    return value == nullptr || std::strcmp(value, "0") != 0;
+  }();
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (bytes < 2 * static_cast<int64_t>(kPage)) return;
+  if (!kWanted || bytes < 2 * static_cast<int64_t>(kPage)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
