@@ -6,12 +6,15 @@ Each has torch's own signature, with additions behind it as keywords only; every
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf as _inf
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as _torch_functional
 from torch import Tensor
 
+from fastformer.backends import is_small as _is_small
+from fastformer.ops._common import CAUGHT as _CAUGHT
 from fastformer.ops._common import check_probability as _check_probability
 from fastformer.ops.feed_forward import feed_forward as _feed_forward
 from fastformer.ops.layer_norm import layer_norm as _layer_norm
@@ -52,9 +55,15 @@ def softmax(
     Raises:
         TypeError, ValueError, IndexError: an argument is of the wrong kind, shape or device.
     """
-    if dim is None:
-        if mask is None and scale is None and not is_causal:
+    if mask is None and scale is None and not is_causal:
+        if dim is None:
             return _torch_functional.softmax(input, dim, _stacklevel + 1, dtype)
+        if dtype is None and _is_small("softmax", input):
+            try:
+                return torch.softmax(input, dim)
+            except _CAUGHT:
+                pass  # the careful way's errors name the argument
+    elif dim is None:
         dim = -1
     if dtype is not None:
         input = input.to(dtype)
@@ -72,6 +81,12 @@ def layer_norm(
 
     Statistics are float32 whatever the input; ``weight`` and ``bias`` have the normalized shape.
     """
+    if _is_small("layer_norm", input):
+        try:
+            if -_inf < eps < _inf:
+                return torch.layer_norm(input, normalized_shape, weight, bias, eps)
+        except _CAUGHT:
+            pass  # as in softmax
     return _layer_norm(input, normalized_shape, weight, bias, eps)[0]
 
 
@@ -100,7 +115,15 @@ def add_layer_norm(
         dropout_p: probability that an element of ``input`` is dropped when ``training``.
         others: as in layer_norm.
     """
-    input = _dropout(input, dropout_p, training)
+    if dropout_p != 0:
+        input = _dropout(input, dropout_p, training)
+    if _is_small("add_layer_norm", input):
+        try:
+            if -_inf < eps < _inf and input.shape == residual.shape and input.dtype == residual.dtype:
+                summed = input + residual
+                return torch.layer_norm(summed, normalized_shape, weight, bias, eps), summed
+        except _CAUGHT:
+            pass  # as in softmax
     return _layer_norm(input, normalized_shape, weight, bias, eps, residual=residual)
 
 
@@ -115,7 +138,8 @@ def add_rms_norm(
     training: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(summed), summed) of ``summed = dropout(input) + residual``; see add_layer_norm."""
-    input = _dropout(input, dropout_p, training)
+    if dropout_p != 0:
+        input = _dropout(input, dropout_p, training)
     return _layer_norm(input, normalized_shape, weight, None, _rms_eps(input, eps), residual=residual, rms=True)
 
 

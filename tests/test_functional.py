@@ -104,5 +104,6 @@ def test_ordinary_calls_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> N
     for call in calls[:6]:
         with fastformer.backend("torch"):
             call()
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(AssertionError):
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with fastformer.backend("torch"), autocast, pytest.raises(AssertionError):
         calls[0]()

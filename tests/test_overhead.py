@@ -12,6 +12,7 @@ import fastformer.functional as F
 from fastformer import nn
 
 ops = torch.ops.fastformer
+Call = Callable[..., object]
 X, ROW, HEADS, MATRIX, ANGLES = (torch.randn(*size) for size in ((8, 64), (64,), (1, 2, 8, 16), (64, 64), (8, 8)))
 
 
@@ -73,3 +74,26 @@ def test_a_small_layer_norm_with_its_backward(dtype: torch.dtype) -> None:
     modules = nn.LayerNorm(64, dtype=dtype), torch.nn.LayerNorm(64, dtype=dtype)
     ours, theirs = least_times(*map(step, modules), runs=200)
     assert ours <= 1.25 * theirs, f"{ours:.2f} us, torch's {theirs:.2f} us"
+
+
+def add_layer_norm(x: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    summed = x + x
+    return torch.layer_norm(summed, (64,), row, row), summed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ours", "torchs"),
+    [
+        (lambda x, row: F.softmax(x, -1), lambda x, row: torch.softmax(x, -1)),
+        (lambda x, row: F.layer_norm(x, (64,), row, row), lambda x, row: torch.layer_norm(x, (64,), row, row)),
+        (lambda x, row: F.add_layer_norm(x, x, (64,), row, row), add_layer_norm),
+    ],
+    ids=["softmax", "layer_norm", "add_layer_norm"],
+)
+def test_a_small_call_costs_what_torchs_costs(ours: Call, torchs: Call, dtype: torch.dtype) -> None:
+    x, row = X.to(dtype), ROW.to(dtype)
+    torch.testing.assert_close(ours(x, row), torchs(x, row), rtol=0, atol=0)
+    with torch.no_grad(), fastformer.backend("auto"):
+        mine, theirs = least_times(lambda: ours(x, row), lambda: torchs(x, row), runs=200)
+    assert mine <= theirs + 1.0, f"{mine:.2f} us, torch's {theirs:.2f} us"
