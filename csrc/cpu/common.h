@@ -1,11 +1,5 @@
-// What every CPU operator's wrapper needs: tensor shorthands, checks, and scratch memory.
+// What every CPU operator's wrapper needs beside csrc/tensor.h: memory.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,36 +11,9 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/dtypes.h"
+#include "../tensor.h"
 
 namespace fastformer {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::float32;
-    case ScalarType::BFloat16:
-      return DType::bfloat16;
-    case ScalarType::Half:
-      return DType::float16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
-  }
-}
-
-inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A copy in float32, or the tensor itself if it is contiguous float32 already.
-inline Tensor as_float(const Tensor& tensor, const char* name) {
-  dtype_of(tensor, name);  // an error for any that kernels don't read
-  return as_contiguous(tensor.scalar_type() == ScalarType::Float ? tensor
-                                                                 : torch::stable::to(tensor, ScalarType::Float));
-}
 
 // Asks for pages of 2 MiB under a large piece of fresh memory. One beyond malloc's largest threshold, 32 MiB, comes
 // from the system anew each time, a smaller one now and then, and to map it in pages of 4 KiB takes longer than most
@@ -72,36 +39,17 @@ inline Tensor fresh(Tensor tensor) {
   return tensor;
 }
 
-inline Tensor fresh_like(const Tensor& like) { return fresh(torch::stable::empty_like(like)); }
-
 inline Tensor empty_like_sizes(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return fresh(torch::stable::new_empty(like, sizes, dtype));
+  return fresh(new_tensor(like, sizes, dtype));
 }
+
+inline Tensor fresh_like(const Tensor& like) { return empty_like_sizes(like, sizes_of(like), like.scalar_type()); }
 
 // A result that was not asked for.
 inline Tensor no_result(const Tensor& like) { return empty_like_sizes(like, {0}, like.scalar_type()); }
 
-// [batch, heads, seqlen, width] that lies in memory as [batch, seqlen, heads, width]. Not a view: of an output that is
-// one autograd forbids changes in place.
 inline Tensor empty_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t seqlen, int64_t width) {
-  const int64_t sizes[] = {batch, heads, seqlen, width};
-  const int64_t row = width > 0 ? width : 1, position = (heads > 0 ? heads : 1) * row;
-  const int64_t strides[] = {(seqlen > 0 ? seqlen : 1) * position, row, position, 1};
-  int32_t dtype, device, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
-  AtenTensorHandle result = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, dtype, device, index, &result));
-  return fresh(Tensor(result));
-}
-
-inline bool same_sizes(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != b.size(i)) return false;
-  }
-  return true;
+  return fresh(new_heads(like, batch, heads, seqlen, width));
 }
 
 template <typename T = void>

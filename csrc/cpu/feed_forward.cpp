@@ -3,6 +3,7 @@
 #include <string>
 #include <tuple>
 
+#include "../feed_forward.h"
 #include "product.h"
 
 namespace fastformer {
@@ -18,14 +19,6 @@ constexpr int64_t kPanelBytes = 32 << 20;
 int64_t rows_of_block(int64_t hidden_width, ScalarType dtype) {
   const int64_t fitting = kBlockBytes / (hidden_width * size_of(dtype) + 1) / kLeastRows * kLeastRows;
   return fitting > kLeastRows ? fitting : kLeastRows;
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "silu", "activation must be gelu, gelu_tanh, relu or silu, not ", name);
-  return Activation::silu;
 }
 
 std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1,

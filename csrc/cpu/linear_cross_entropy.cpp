@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "../linear_cross_entropy.h"
 #include "product.h"
 
 namespace fastformer {
@@ -25,16 +26,7 @@ int64_t chunk_rows(int64_t rows, int64_t cols, ScalarType dtype) {
 
 void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
                      int64_t ignore_index, double label_smoothing) {
-  STD_TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1),
-                  "input must be [N, C] and weight [V, C]");
-  STD_TORCH_CHECK(weight.scalar_type() == input.scalar_type(), "weight must have the dtype of input");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must be [",
-                  weight.size(0), "]");
-  STD_TORCH_CHECK(!bias.has_value() || bias->scalar_type() == input.scalar_type(), "bias must have the dtype of input");
-  STD_TORCH_CHECK(target.dim() == 1 && target.size(0) == input.size(0) && target.scalar_type() == ScalarType::Long,
-                  "target must be int64 [", input.size(0), "]");
-  STD_TORCH_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0, "label_smoothing must be in [0, 1], not ",
-                  label_smoothing);
+  check_linear_cross_entropy(input, weight, bias, target, label_smoothing);
   const Tensor targets = as_contiguous(target);
   const int64_t* values = pointer<int64_t>(targets);
   for (int64_t i = 0; i < target.size(0); ++i) {
@@ -42,12 +34,6 @@ void check_arguments(const Tensor& input, const Tensor& weight, const std::optio
                     values[i], ", which is out of bounds: it must be in [0, ", weight.size(0), ") or ignore_index (",
                     ignore_index, ")");
   }
-}
-
-void check_row_values(const std::optional<Tensor>& values, const char* name, int64_t rows) {
-  STD_TORCH_CHECK(!values.has_value() ||
-                      (values->dim() == 1 && values->size(0) == rows && values->scalar_type() == ScalarType::Float),
-                  name, " must be float32 [", rows, "]");
 }
 
 struct Gradients {

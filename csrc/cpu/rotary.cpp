@@ -2,6 +2,7 @@
 
 #include <tuple>
 
+#include "../rotary.h"
 #include "common.h"
 
 namespace fastformer {
@@ -11,23 +12,10 @@ RotaryTensor describe(const Tensor& input, const Tensor& output) {
   return {pointer(input), mutable_pointer(output), input.size(1), {input.stride(0), input.stride(1), input.stride(2)}};
 }
 
-Tensor with_adjacent_features(const Tensor& tensor) {
-  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
 std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
                                   bool interleaved, bool inverse) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4, "query and key must have four dimensions");
-  const int64_t B = query.size(0), S = query.size(2), D = query.size(3);
-  STD_TORCH_CHECK(key.size(0) == B && key.size(2) == S && key.size(3) == D,
-                  "key must have the batch, length and head_dim of query");
-  STD_TORCH_CHECK(key.scalar_type() == query.scalar_type(), "key must have the dtype of query");
-  STD_TORCH_CHECK(cos.dim() == 2 || cos.dim() == 3, "cos must be [S, R] or [B, S, R]");
-  STD_TORCH_CHECK(same_sizes(cos, sin), "sin must have the shape of cos");
-  const int64_t R = cos.size(cos.dim() - 1);
-  STD_TORCH_CHECK(cos.size(cos.dim() - 2) == S && (cos.dim() == 2 || cos.size(0) == B), "cos must be [", S, ", R] or [",
-                  B, ", ", S, ", R]");
-  STD_TORCH_CHECK(2 * R <= D, "cos may have at most half of head_dim, ", D / 2, " columns, not ", R);
+  check_rotary(query, key, cos, sin);
+  const int64_t B = query.size(0), S = query.size(2), D = query.size(3), R = cos.size(cos.dim() - 1);
   const Tensor c = as_float(cos, "cos"), s = as_float(sin, "sin");
   const Tensor q = with_adjacent_features(query), k = with_adjacent_features(key);
   const Tensor query_out = empty_heads(query, B, query.size(1), S, D), key_out = empty_heads(key, B, key.size(1), S, D);

@@ -11,8 +11,6 @@
 
 namespace fastformer {
 
-enum class Activation { gelu, gelu_tanh, relu, silu };
-
 struct FeedForwardForward {
   void* up;          // [rows, cols]: the activated values are put here, in place of input weight1^T
   const void* gate;  // [rows, cols]: input weight_gate^T, or null
