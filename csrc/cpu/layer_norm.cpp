@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common.h"
+#include "streaming.h"
 
 namespace fastformer {
 namespace {
@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
   const Tensor mean = empty_like_sizes(x, {rms ? 0 : rows}, ScalarType::Float);
   const Tensor rstd = empty_like_sizes(x, {rows}, ScalarType::Float);
   const std::optional<Tensor> w = as_contiguous(weight), b = as_contiguous(bias);
+  const int64_t row_bytes = cols * static_cast<int64_t>(x.element_size()), bytes = rows * row_bytes;
   const LayerNormForward args{
       .input = pointer(x),
       .residual = pointer(r),
@@ -55,10 +56,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
       .bias_dtype = dtype_of(bias, "bias"),
       .cols = cols,
       .eps = static_cast<float>(eps),
+      .stream = worth_streaming((r.has_value() ? 4 : 2) * bytes, row_bytes, output),
   };
   const LayerNormKernels& kernels = layer_norm_kernels();
   torch::stable::parallel_for(0, rows, row_grain(cols * 4), [&](int64_t begin, int64_t end) {
-    const Scratch scratch(2 * cols * sizeof(float));
+    const Scratch scratch((args.stream && r.has_value() ? 5 : 2) * cols * sizeof(float));
     kernels.forward(args, begin, end, scratch.as<float>());
   });
   return {output, summed, mean, rstd};

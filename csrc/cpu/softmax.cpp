@@ -1,6 +1,7 @@
 #include "kernels/softmax.h"
 
 #include "mask.h"
+#include "streaming.h"
 
 namespace fastformer {
 namespace {
@@ -16,6 +17,7 @@ Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, d
   const auto size = [&](int64_t from_last) { return dims >= from_last ? x.size(dims - from_last) : 1; };
   const int64_t cols = size(1), rows = size(2), heads = size(3), outer = x.numel() / (cols * rows * heads);
   const BroadcastMask m = broadcast_mask(mask, {outer, heads, rows, cols});
+  const int64_t row_bytes = cols * static_cast<int64_t>(x.element_size()), bytes = outer * heads * rows * row_bytes;
   const SoftmaxForward args{
       .input = pointer(x),
       .output = mutable_pointer(y),
@@ -29,6 +31,7 @@ Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, d
       .mask_strides = {m.strides[0], m.strides[1], m.strides[2], m.strides[3]},
       .scale = static_cast<float>(scale),
       .is_causal = is_causal,
+      .stream = worth_streaming(2 * bytes, row_bytes, y),
   };
   const SoftmaxKernels& kernels = softmax_kernels();
   torch::stable::parallel_for(0, outer * heads * rows, row_grain(cols * 4), [&](int64_t begin, int64_t end) {
@@ -45,8 +48,16 @@ Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, double 
   const Tensor result = fresh_like(y);
   if (y.numel() == 0) return result;
   const int64_t cols = y.size(y.dim() - 1);
-  const SoftmaxBackward args{pointer(grad),         pointer(y), mutable_pointer(result),
-                             dtype_of(y, "output"), cols,       static_cast<float>(scale)};
+  const int64_t row_bytes = cols * static_cast<int64_t>(y.element_size()), bytes = y.numel() / cols * row_bytes;
+  const SoftmaxBackward args{
+      .grad_output = pointer(grad),
+      .output = pointer(y),
+      .grad_input = mutable_pointer(result),
+      .dtype = dtype_of(y, "output"),
+      .cols = cols,
+      .scale = static_cast<float>(scale),
+      .stream = worth_streaming(3 * bytes, row_bytes, result),
+  };
   const SoftmaxKernels& kernels = softmax_kernels();
   torch::stable::parallel_for(0, y.numel() / cols, row_grain(cols * 4),
                               [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });

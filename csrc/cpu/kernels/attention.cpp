@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "attention_scores.h"
+#include "exponentials.h"
 #include "philox.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
@@ -78,23 +79,17 @@ FASTFORMER_INLINE void store_weights(float* weights, int64_t key, Vec even, Vec 
   store(weights + key * kQueryBlock, even);
   store(weights + (key + 1) * kQueryBlock, odd);
 }
-FASTFORMER_INLINE Vec exp2_for(const float*, Vec x) { return exp2(x); }
 #if defined(__AVX512BF16__)
 FASTFORMER_INLINE void store_weights(Bf16Pair* weights, int64_t key, Vec even, Vec odd) {
   store_pairs(weights + key / 2 * kQueryBlock, even, odd);
 }
-// 2^x for weights of 8 bits whose sum has 24: within 1.5 ulp of that, by a minimax polynomial of degree 5 (8e-8) for
-// the fraction above the whole part, which scalef takes itself. Infinite x have a fraction of 0.
-FASTFORMER_INLINE Vec exp2_for(const Bf16Pair*, Vec x) {
-  const Vec r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Vec p = fma(broadcast(1.86713057e-3f), r, broadcast(9.01702925e-3f));
-  p = fma(p, r, broadcast(5.57999139e-2f));
-  p = fma(p, r, broadcast(0.24016445f));
-  p = fma(p, r, broadcast(0.693151312f));
-  p = fma(p, r, broadcast(1.0f));
-  return _mm512_scalef_ps(p, x);
-}
 #endif
+
+// Weights come as units, and their sum as floats.
+template <typename Unit>
+FASTFORMER_INLINE Vec weight_at(Vec x) {
+  return __is_same(Unit, float) ? exp2(x) : exp2_for_sum(x);
+}
 
 // weights = 2^(scale * score - shift) in place of the scores of keys [from, to), times dropout's factors if there are
 // any; returns each lane's sum, of what dropout drops too. A pair of rows is read before it is overwritten.
@@ -107,8 +102,8 @@ FASTFORMER_INLINE Vec exponentiate(const float* scores, Unit* weights, const flo
     Vec tile[kTileRows];
 #pragma GCC unroll 4
     for (int r = 0; r < kTileRows; r += 2) {
-      tile[r] = exp2_for(weights, fma(load(scores + (j + r) * kQueryBlock), scale, offset));
-      tile[r + 1] = exp2_for(weights, fma(load(scores + (j + r + 1) * kQueryBlock), scale, offset));
+      tile[r] = weight_at<Unit>(fma(load(scores + (j + r) * kQueryBlock), scale, offset));
+      tile[r + 1] = weight_at<Unit>(fma(load(scores + (j + r + 1) * kQueryBlock), scale, offset));
       if (factors == nullptr) {
         store_weights(weights, j + r, tile[r], tile[r + 1]);
       } else {

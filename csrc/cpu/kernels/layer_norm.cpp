@@ -37,15 +37,21 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
   const float inverse = 1.0f / static_cast<float>(cols);
   const float* const weight = in_row_order<T>(a.weight, a.weight_dtype, cols, scratch);
   const float* const bias = in_row_order<T>(a.bias, a.bias_dtype, cols, scratch + cols);
-  const void* const x = has_residual ? a.summed : a.input;
+  const bool overlap = cols * static_cast<int64_t>(sizeof(T)) <= kNormOverlap, stream = a.stream;
+  // What is streamed to memory can't be read again soon: then sums are kept here, of a row at each step.
+  T* const kept = reinterpret_cast<T*>(scratch + 2 * cols);
+  const auto normed_row = [&](int64_t row) FASTFORMER_LAMBDA {
+    if (has_residual && stream) return const_cast<const T*>(kept) + (row + 3) % 3 * cols;
+    return row_of<T>(has_residual ? a.summed : a.input, row, cols);
+  };
   float mean = 0.0f, normed_mean = 0.0f, rstd = 0.0f;  // of the rows of steps 1, 2 and 2
-  const bool overlap = cols * static_cast<int64_t>(sizeof(T)) <= kNormOverlap;
   pipeline_rows<3>(begin, end, overlap, [&]<int S>(int64_t row) FASTFORMER_LAMBDA {
     const T* const input = row_of<T>(a.input, row, cols);
     const T* const residual = row_of<T>(a.residual, row, cols);
     T* const summed = row_of<T>(a.summed, row, cols);
-    const T* const centred = row_of<T>(x, row - 1, cols);
-    const T* const normed = row_of<T>(x, row - 2, cols);
+    T* const sums = stream ? kept + (row + 3) % 3 * cols : summed;
+    const T* const centred = normed_row(row - 1);
+    const T* const normed = normed_row(row - 2);
     T* const output = row_of<T>(a.output, row - 2, cols);
     const Pair centre = both(broadcast(mean)), normed_centre = both(broadcast(normed_mean));
     const Pair factor = both(broadcast(rstd));
@@ -58,11 +64,12 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
           Pair v = load_pair(input + i, n);
           if (has_residual) {
             fetch<kReadBytes>(residual + i);
-            fetch<kWriteBytes>(summed + i);
+            if (!stream) fetch<kWriteBytes>(summed + i);
             // What is normed is the sum as it was rounded for `summed`: what an unfused pair would
             // norm.
-            store_pair(summed + i, v + load_pair(residual + i, n), n);
-            v = load_pair(summed + i, n);
+            store_pair(sums + i, v + load_pair(residual + i, n), n);
+            v = load_pair(sums + i, n);
+            if (stream) put_pair(summed + i, v, n, true);
           }
           block_sum = block_sum + v;
         }
@@ -71,7 +78,7 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
           block_square = fma(v, v, block_square);
         }
         if (S & 4) {
-          fetch<kWriteBytes>(output + i);
+          if (!stream) fetch<kWriteBytes>(output + i);
           // Each sum is said to be fused: left to the compiler it differs between the steps' combinations, and so
           // would rows by their place.
           const Pair distance = load_pair(normed + i, n) - normed_centre;
@@ -83,7 +90,7 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
           } else if (bias != nullptr) {
             y = fma(distance, factor, load_pair(bias + i, n));
           }
-          store_pair(output + i, y, n);
+          put_pair(output + i, y, n, stream);
         }
       });
       sum = sum + block_sum;
@@ -99,6 +106,7 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
       a.mean[row] = mean;
     }
   });
+  if (stream) end_of_stream();
 }
 
 // With g = grad_output * weight and xhat = (summed - mean) rstd:

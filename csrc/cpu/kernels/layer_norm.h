@@ -19,6 +19,7 @@ struct LayerNormForward {
   DType weight_dtype, bias_dtype;
   int64_t cols;
   float eps;
+  bool stream;  // output and summed past the cache
 };
 
 struct LayerNormBackward {
@@ -35,7 +36,7 @@ struct LayerNormBackward {
 };
 
 struct LayerNormKernels {
-  // Rows [begin, end); scratch holds 2 * cols floats.
+  // Rows [begin, end); scratch holds 2 * cols floats, or 5 * cols of what streams sums.
   void (*forward)(const LayerNormForward&, int64_t begin, int64_t end, float* scratch);
   // grad_input of rows [begin, end), and their sums of grad_output * normed and grad_output added into grad_weight and
   // grad_bias ([cols] each, either may be null); scratch holds cols floats.

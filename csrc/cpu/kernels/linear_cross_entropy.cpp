@@ -2,26 +2,41 @@
 
 #include <float.h>
 
-#include "lanes.h"
+#include "exponentials.h"
+#include "pairs.h"
 
 namespace fastformer::FASTFORMER_LEVEL {
 namespace {
 
+// e^x for the sum over a row of logits that are products of T.
 template <typename T>
-CrossEntropyPart part_of(const T* logits, int64_t cols, bool with_sum) {
-  Vec peaks = broadcast(-FLT_MAX);  // not -inf, whose distance to logits of -inf is NaN
-  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    const Vec x = load_n(logits + i, n);
-    peaks = max(peaks, n == kLanes ? x : select(first_n(n), x, broadcast(-FLT_MAX)));
-  });
-  const float peak = reduce_max(peaks);
+FASTFORMER_INLINE Vec exp_for_sum(Vec x) {
+  return __is_same(T, float) ? exp(x) : exp2_for_sum(x * broadcast(kLog2E));
+}
+
+// Of logits that are products of T and lie there as S. What they are less than the peak is given to store(i, n, Vec).
+template <typename T, typename S, typename F>
+FASTFORMER_INLINE CrossEntropyPart part_of(const S* logits, int64_t cols, bool with_sum, float peak, F store) {
   const Vec shift = broadcast(peak);
   const float total = sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-    const Vec exponential = exp(load_n(logits + i, n) - shift);
+    const Vec distance = load_n(logits + i, n) - shift;
+    store(i, n, distance);
+    const Vec exponential = exp_for_sum<T>(distance);
     return n == kLanes ? exponential : select(first_n(n), exponential, zero());
   });
   if (!with_sum) return {peak, total, 0.0f};
   return {peak, total, sum_lanes(cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { return load_n(logits + i, n); })};
+}
+
+FASTFORMER_INLINE Vec greater(Vec peaks, Vec x, int n) {
+  return max(peaks, n == kLanes ? x : select(first_n(n), x, broadcast(-FLT_MAX)));
+}
+
+template <typename T>
+CrossEntropyPart part_of(const T* logits, int64_t cols, bool with_sum) {
+  Vec peaks = broadcast(-FLT_MAX);  // not -inf, whose distance to logits of -inf is NaN
+  for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA { peaks = greater(peaks, load_n(logits + i, n), n); });
+  return part_of<T>(logits, cols, with_sum, reduce_max(peaks), [](int64_t, int, Vec) FASTFORMER_LAMBDA {});
 }
 
 CrossEntropyPart combined(const CrossEntropyPart* parts, int64_t count) {
@@ -43,18 +58,18 @@ void block(const CrossEntropyRows& a, const GemmBlock& block) {
   for (int64_t row = block.row_begin; row < block.row_end; ++row) {
     const float* sums = block.sums + (row - block.row_begin) * block.stride;
     T* stored = static_cast<T*>(a.logits) + (a.logits == nullptr ? 0 : row * a.cols + block.col_begin);
+    Vec peaks = broadcast(-FLT_MAX);
     for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
       Vec x = load_n(sums + i, n);
       if (a.bias != nullptr) x = x + load_n(bias + i, n);
       store_n(logits + i, x, n);
+      peaks = greater(peaks, x, n);
     });
-    const CrossEntropyPart part = part_of(logits, cols, a.label_smoothing > 0.0f);
-    a.parts[row * a.blocks + block.col_begin / a.block_cols] = part;
-    if (a.logits != nullptr) {
-      for_lanes(0, cols, [&](int64_t i, int n) FASTFORMER_LAMBDA {
-        store_n(stored + i, load_n(logits + i, n) - broadcast(part.peak), n);
-      });
-    }
+    const auto keep = [&](int64_t i, int n, Vec distance) FASTFORMER_LAMBDA {
+      if (a.logits != nullptr) store_n(stored + i, distance, n);
+    };
+    a.parts[row * a.blocks + block.col_begin / a.block_cols] =
+        part_of<T>(logits, cols, a.label_smoothing > 0.0f, reduce_max(peaks), keep);
     const int64_t target = a.target[row] - block.col_begin;
     if (target >= 0 && target < cols) a.target_logits[row] = logits[target];
   }
@@ -77,12 +92,15 @@ void gradient(const CrossEntropyRows& a, int64_t row, float peak, float total) {
   const auto shift_at = [&](int64_t col)
                             FASTFORMER_LAMBDA { return parts == nullptr ? peak : peak - parts[col / block_cols].peak; };
   T* at_target = logits + target;
+  // Near 1 the distance of its probability to that is what counts: with the longer exponential.
   const Vec hit =
       fma(exp(load(at_target, 1) - broadcast(shift_at(target))), factor, smooth) - broadcast(weight * (1.0f - s));
   for (int64_t begin = 0; begin < a.cols; begin += block_cols) {
-    const Vec shift = broadcast(shift_at(begin));
-    for_lanes(begin, smaller(begin + block_cols, a.cols), [&](int64_t i, int n) FASTFORMER_LAMBDA {
-      store_n(logits + i, fma(exp(load_n(logits + i, n) - shift), factor, smooth), n);
+    const Pair shift = both(broadcast(shift_at(begin)));
+    for_pairs(begin, smaller(begin + block_cols, a.cols), [&](int64_t i, int n) FASTFORMER_LAMBDA {
+      const Pair x = load_pair(logits + i, n) - shift;
+      const Pair exponential = {exp_for<T>(x.first), exp_for<T>(x.second)};
+      store_pair(logits + i, fma(exponential, both(factor), both(smooth)), n);
     });
   }
   store(at_target, hit, 1);

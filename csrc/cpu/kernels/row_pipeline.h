@@ -58,6 +58,49 @@ FASTFORMER_INLINE void fetch(const T* p) {
 // without, 280 with them, 265 with half.
 constexpr int kReadAhead = 8192, kWriteAhead = 4096;
 
+// Stores that neither read a line into the cache first nor leave it there; see csrc/cpu/streaming.h. p is a multiple of
+// a register. Other threads see them after end_of_stream().
+FASTFORMER_INLINE void stream_register(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+FASTFORMER_INLINE void stream_pair(float* p, Pair v) {
+  stream_register(p, v.first);
+  stream_register(p + kLanes, v.second);
+}
+template <typename T>
+FASTFORMER_INLINE void stream_pair(T* p, Pair v) {  // of 16 bits: one register
+#if defined(__AVX2__)
+  alignas(64) T pair[kPair];
+  store_pair(pair, v);
+  Vec bits;
+  memcpy(&bits, pair, sizeof(bits));
+  stream_register(reinterpret_cast<float*>(p), bits);
+#else
+  store_pair(p, v);
+#endif
+}
+FASTFORMER_INLINE void end_of_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// The first n elements; see store_pair.
+template <typename T>
+FASTFORMER_INLINE void put_pair(T* p, Pair v, int n, bool stream) {
+  if (stream && n == kPair) {
+    stream_pair(p, v);
+  } else {
+    store_pair(p, v, n);
+  }
+}
+
 // A backward pass reads two rows for each that it writes. In float32 memory is then all that counts, and it is fastest
 // where a row is first read and then written, with nothing in between and nothing fetched ahead: 143 ns a row of
 // softmax with 768 floats, and 169 overlapped. In 16 bits it is the other way round: 58 and 51.

@@ -18,6 +18,7 @@ struct SoftmaxForward {
   int64_t mask_strides[4];  // outer, head, row, column; in elements
   float scale;
   bool is_causal;
+  bool stream;  // the output past the cache
 };
 
 struct SoftmaxBackward {
@@ -27,6 +28,7 @@ struct SoftmaxBackward {
   DType dtype;
   int64_t cols;
   float scale;
+  bool stream;  // grad_input past the cache
 };
 
 struct SoftmaxKernels {
