@@ -151,6 +151,28 @@ def test_rows_that_see_nothing(target: Target, boolean: bool) -> None:
         assert (grads[0][:, :, [0, 3]] == 0).all() and all(torch.isfinite(grad).all() for grad in grads)
 
 
+@on_targets
+def test_one_query_at_the_bottom_right_sees_every_key(target: Target) -> None:
+    query, key, value = inputs(target, 2, 2, 2, 1, 33, 16, 24)
+    at_the_end = {"is_causal": True, "causal_alignment": "bottom_right"}
+    check_attention(target, query, key, value, **at_the_end)
+    with fastformer.backend(target.backend):
+        plain = F.scaled_dot_product_attention(query, key, value)
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, **at_the_end), plain)
+        with pytest.raises(TypeError, match="is_causal is a str"):
+            F.scaled_dot_product_attention(query, key, value, **at_the_end | {"is_causal": "yes"})
+
+
+@on_targets
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_a_causal_mask_with_a_scale_that_is_not_positive(target: Target, scale: float) -> None:
+    query, key, value = inputs(target, 1, 2, 2, 5, 5, 8, 8)
+    with fastformer.backend(target.backend):
+        ours = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    truth, _ = exact(query, key, value, is_causal=True, scale=scale)
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=8 * torch.finfo(target.dtype).eps)
+
+
 @on_kernels
 def test_more_queries_than_keys_at_the_bottom_right(target: Target) -> None:
     query, key, value = inputs(target, 1, 2, 2, 9, 5, 8, 8)

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_support import Case, attend, on_fast_kernels
+from attention_support import Case, attend, inputs, on_fast_kernels
 from support import KERNEL_TARGETS, Target, on_kernels
 from torch import Tensor
 
 import fastformer
+import fastformer.functional as F
 
 EVERYTHING = {
     "sinks": True,
@@ -101,6 +102,25 @@ def test_a_block_that_every_query_hides_is_not_computed(target: Target, by: str,
     for mine, expected in zip(poisoned, clean):
         assert torch.equal(mine, expected)
     assert all((grad[:, :, hidden] == 0).all() for grad in poisoned[3:5])
+
+
+@on_cpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("left", [5, 6, 260])
+def test_new_queries_read_nothing_that_they_do_not_see(target: Target, left: int, dropout_p: float) -> None:
+    """Keys from an even one and from an odd one on, by the queries of a group together."""
+    query, key, value = inputs(target, 1, 8, 2, 1, 301, 64, 40)
+    options = {"window": (left, 0), "causal_alignment": "bottom_right", "enable_gqa": True, "dropout_p": dropout_p}
+
+    def output() -> Tensor:
+        torch.manual_seed(1)
+        with fastformer.backend(target.backend):
+            return F.scaled_dot_product_attention(query, key, value, **options)
+
+    clean = output()
+    for tensor in (key, value):
+        tensor[:, :, : 300 - left] = math.nan
+    assert torch.equal(output(), clean)
 
 
 @on_cpu

@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from support import needs_library
 from torch import Tensor
 
+import fastformer
 from fastformer.benchmarks import plain_gpt
 from fastformer.models import GPT, GPTConfig
 from fastformer.models.gpt import sample
@@ -109,6 +111,7 @@ def test_ignored_targets_count_for_nothing(model: GPT) -> None:
     assert_same(model(tokens, targets), model(tokens[:1], targets[:1]))
 
 
+@needs_library
 def test_training_never_keeps_logits(model: GPT) -> None:
     tokens = random_tokens(2, 16)
     shapes: list[torch.Size] = []
@@ -117,7 +120,7 @@ def test_training_never_keeps_logits(model: GPT) -> None:
         shapes.append(saved.shape)
         return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+    with fastformer.backend("cpu"), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         model(tokens, tokens)
     assert shapes
     assert not [shape for shape in shapes if shape[-1:] == (CONFIG.vocab_size,)]
@@ -131,6 +134,17 @@ def test_cache_gives_the_full_forward(model: GPT, chunks: list[int]) -> None:
         pieces = [model(piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
         assert_same(torch.cat(pieces, dim=1), model(tokens))
     assert [layer.length for layer in cache] == [9, 9]
+
+
+def test_cache_holds_keys_and_values_by_head(model: GPT) -> None:
+    cache = model.new_cache(2)[0]
+    heads = CONFIG.num_heads
+    new = [torch.randn(2, 2, heads, count, CONFIG.d_model // heads) for count in (3, 1)]
+    cache.append(new[0])
+    key, value = cache.append(new[1])
+    assert cache.length == 4
+    assert torch.equal(torch.stack((key, value)), torch.cat(new, dim=3))
+    assert torch.equal(cache.keys_values[:, :, :, :4], torch.cat(new, dim=3))
 
 
 @torch.no_grad()

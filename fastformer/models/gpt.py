@@ -43,16 +43,15 @@ class GPTConfig:
 class KVCache:
     """Keys and values one attention layer has seen, in room allotted once for the whole context."""
 
-    keys: Tensor  # [B, H, context_length, D]
-    values: Tensor  # [B, H, context_length, D]
+    keys_values: Tensor  # [2, B, H, context_length, D]
     length: int = 0
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store S new positions, [B, H, S, D] each; returns views of all positions so far, [B, H, T, D]."""
-        start, self.length = self.length, self.length + key.shape[2]
-        self.keys[:, :, start : self.length] = key
-        self.values[:, :, start : self.length] = value
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def append(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store S new positions, [2, B, H, S, D]; returns views of all positions so far, [B, H, T, D] each."""
+        start, count = self.length, keys_values.shape[3]
+        self.length += count
+        self.keys_values.narrow(3, start, count).copy_(keys_values)
+        return self.keys_values.narrow(3, 0, self.length).unbind()
 
 
 class SelfAttention(nn.Module):
@@ -65,11 +64,13 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model)
 
     def forward(self, input: Tensor, cache: KVCache | None) -> Tensor:
-        # [B, S, C] -> [B, S, 3C] -> three views [B, H, S, D]
-        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self.qkv(input).chunk(3, dim=-1))
-        query, key, value = heads
-        if cache is not None:
-            key, value = cache.append(key, value)  # [B, H, T, D]
+        batch, length, width = input.shape
+        heads = self.qkv(input).view(batch, length, 3, self.num_heads, width // self.num_heads)  # [B, S, 3, H, D]
+        if cache is None:
+            query, key, value = (x.transpose(1, 2) for x in heads.unbind(2))  # [B, H, S, D]
+        else:
+            heads = heads.permute(2, 0, 3, 1, 4)  # [3, B, H, S, D]
+            query, (key, value) = heads[0], cache.append(heads[1:])  # [B, H, S, D], [B, H, T, D]
         # The last query is the newest position: it sees every key.
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, causal_alignment="bottom_right")
         return self.out(output.transpose(1, 2).flatten(2))  # [B, H, S, D] -> [B, S, C], no copy
@@ -165,8 +166,8 @@ class GPT(nn.Module):
     def new_cache(self, batch_size: int) -> list[KVCache]:
         """An empty cache for each layer, with room for the whole context."""
         config, weight = self.config, self.token_embedding.weight
-        shape = (batch_size, config.num_heads, config.context_length, config.d_model // config.num_heads)
-        return [KVCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.blocks]
+        shape = (2, batch_size, config.num_heads, config.context_length, config.d_model // config.num_heads)
+        return [KVCache(weight.new_empty(shape)) for _ in self.blocks]
 
     @torch.no_grad()
     def generate(

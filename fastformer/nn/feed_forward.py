@@ -54,17 +54,18 @@ class FeedForward(Module):
         self.linear_gate = Linear(d_model, dim_feedforward, bias=False, device=device, dtype=dtype) if gated else None
 
     def forward(self, input: Tensor) -> Tensor:
-        linears = [linear for linear in (self.linear1, self.linear2, self.linear_gate) if linear is not None]
-        if not all(is_plain(linear, *LINEAR) for linear in linears):  # replaced, or with hooks
+        up, down, gate = self.linear1, self.linear2, self.linear_gate
+        plain = is_plain(up, *LINEAR) and is_plain(down, *LINEAR) and (gate is None or is_plain(gate, *LINEAR))
+        if not plain:  # replaced, or with hooks
             return self._call_submodules(input)
         return F.feed_forward(
             input,
-            self.linear1.weight,
-            self.linear1.bias,
-            self.linear2.weight,
-            self.linear2.bias,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
             activation=self.activation,
-            weight_gate=None if self.linear_gate is None else self.linear_gate.weight,
+            weight_gate=None if gate is None else gate.weight,
             dropout_p=self.dropout,
             training=self.training,
         )

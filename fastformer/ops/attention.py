@@ -16,7 +16,9 @@ from fastformer.ops.attention_torch import Options
 #: The largest head_dim and value width of our kernels.
 MAX_WIDTH = 256
 #: What torch's function does not take.
+BOTTOM_RIGHT = "causal mask aligned to the bottom right"
 CAUSAL_AND_MASK = "is_causal together with a mask"
+CAUSAL_AND_SCALE = "causal mask with a scale that is not positive"  # it gives NaN on CPUs
 
 
 def attention(
@@ -47,7 +49,8 @@ def attention(
             packed = attention_torch.composed if lacks or unsupported else attention_torch.varlen
             return packed(query, key, value, mask, options)
         extras = (options.softcap, options.alibi_slopes, options.sinks)
-        if return_lse or any(extra is not None for extra in extras) or _is_wider(mask, query):
+        extra = return_lse or any(extra is not None for extra in extras) or lacks == CAUSAL_AND_SCALE
+        if extra or _is_wider(mask, query):
             return attention_torch.composed(query, key, value, mask, options)
         return attention_torch.fused(query, key, value, mask, options), None
     if options.dropout_p > 0:
@@ -58,12 +61,14 @@ def attention(
 
 
 def _simplified(query: Tensor, key: Tensor, options: Options) -> Options:
-    """``options`` in the operator's dtypes, without an alignment that makes no difference."""
+    """``options`` in the operator's dtypes, without a causal mask or an alignment that makes no difference."""
     sinks, slopes = (
         None if x is None else x.to(torch.promote_types(query.dtype, torch.float32))
         for x in (options.sinks, options.alibi_slopes)
     )
     bottom_right = options.bottom_right
+    if not options.packed and bottom_right and query.shape[-2] == 1:
+        options = options._replace(is_causal=False)  # it sees every key
     if not options.packed and query.shape[-2] == key.shape[-2]:
         bottom_right = False
     if options.window() == (None, None) and slopes is None:
@@ -100,7 +105,9 @@ def _torch_lacks(
     if options.alibi_slopes is not None:
         return "ALiBi"
     if options.bottom_right:
-        return "causal mask aligned to the bottom right"
+        return BOTTOM_RIGHT
+    if right == 0 and options.scale <= 0:
+        return CAUSAL_AND_SCALE
     if options.is_causal and mask is not None:
         return CAUSAL_AND_MASK
     if _is_wider(mask, query):

@@ -35,7 +35,8 @@ def linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
     )
     unsupported = _unsupported(input, linear_weight, linear_bias, weight, label_smoothing, options, probabilities)
-    kernel = backends.choose("linear_cross_entropy", input, unsupported=unsupported)
+    record = _common.needs_grad(input, linear_weight, linear_bias)
+    kernel = backends.choose("linear_cross_entropy", input, unsupported=unsupported, record=record)
     if kernel == "torch" and options is not None:
         return torch_functional.linear_cross_entropy(
             input,
@@ -69,7 +70,6 @@ def linear_cross_entropy(
         loss = loss if row_weight is None else loss * row_weight
         loss = loss if reduction == "none" else loss.sum()
     else:
-        record = _common.needs_grad(rows, linear_weight, linear_bias)
         per_row = reduction == "none"
         scalar_weight, save_grads = (None, False) if per_row else (row_weight, record)
         loss = _forward(record, *arguments, scalar_weight, ignored, label_smoothing, save_grads)[0]

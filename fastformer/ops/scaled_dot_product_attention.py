@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastformer import backends, reference
 from fastformer.ops import _common, attention_torch
-from fastformer.ops.attention import CAUSAL_AND_MASK, MAX_WIDTH, attention, forward
+from fastformer.ops.attention import BOTTOM_RIGHT, CAUSAL_AND_MASK, MAX_WIDTH, attention, forward
 from fastformer.ops.attention_torch import Options
 
 #: A window's bound further than this, which is longer than any sequence, is none.
@@ -35,17 +35,19 @@ def scaled_dot_product_attention(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See functional.scaled_dot_product_attention."""
-    torchs_own = causal_alignment == "top_left" and window is None and softcap is None
-    torchs_own = torchs_own and alibi_slopes is None and sinks is None and not return_lse
-    if torchs_own and dropout_p == 0 and _common.ordinary(query, key, value, attn_mask):
+    bottom_right = causal_alignment == "bottom_right"
+    simple = (bottom_right or causal_alignment == "top_left") and window is None and softcap is None
+    simple = simple and alibi_slopes is None and sinks is None and not return_lse and dropout_p == 0
+    if simple and _common.ordinary(query, key, value, attn_mask):
         try:
-            output = _ordinary(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            output = _ordinary(query, key, value, attn_mask, is_causal, bottom_right, scale, enable_gqa)
             if output is not None:
                 return output
         except _common.CAUGHT:
             pass  # see _common.ordinary
     if (bias := _causal_bias(attn_mask)) is not None:
         attn_mask, is_causal, causal_alignment = None, True, _aligned(bias, query, key, is_causal)
+        bottom_right = causal_alignment == "bottom_right"
     _check(query, key, value, attn_mask)
     _common.check_probability("dropout_p", dropout_p)
     if causal_alignment not in ("top_left", "bottom_right"):
@@ -67,7 +69,6 @@ def scaled_dot_product_attention(
         query, key, value = (x.unsqueeze(0) for x in (query, key, value))
     if missing == 2:
         sinks, alibi_slopes = (None if x is None else x.reshape(1) for x in (sinks, alibi_slopes))
-    bottom_right = causal_alignment == "bottom_right"
     if alibi_slopes is not None and _common.needs_grad(alibi_slopes):  # the mask has a gradient already
         slopes = alibi_slopes.to(torch.promote_types(alibi_slopes.dtype, torch.float32))
         bias = reference.alibi_bias(slopes, query.shape[-2], key.shape[-2], bottom_right=bottom_right)
@@ -113,28 +114,33 @@ def _ordinary(
     value: Tensor,
     mask: Tensor | None,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor | None:
     """The output, or None where it takes the careful way; see _common.ordinary."""
-    batch, heads, _, head_dim = query.shape
+    batch, heads, seqlen_q, head_dim = query.shape
     _, kv_heads, seqlen_k, _ = key.shape
     *leading, value_width = value.shape
     if key.shape != (batch, kv_heads, seqlen_k, head_dim) or leading != [batch, kv_heads, seqlen_k]:
         return None  # torch's own function doesn't see every such mistake
     if heads != kv_heads and not (enable_gqa and kv_heads):
         return None
-    if not 1 <= head_dim <= MAX_WIDTH or not 1 <= value_width <= MAX_WIDTH:
+    if not 1 <= head_dim <= MAX_WIDTH or not 1 <= value_width <= MAX_WIDTH or not isinstance(is_causal, bool):
         return None
+    if bottom_right and seqlen_q == 1:
+        is_causal = False  # it sees every key
+    bottom_right = bottom_right and is_causal and seqlen_q != seqlen_k
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if not -math.inf < scale < math.inf:
+    if not -math.inf < scale < math.inf or (is_causal and scale <= 0):
         return None
     record = _common.needs_grad(query, key, value, mask)
-    lacks = CAUSAL_AND_MASK if is_causal and mask is not None else ""
+    lacks = BOTTOM_RIGHT if bottom_right else CAUSAL_AND_MASK if is_causal and mask is not None else ""
     kernel = backends.choose("attention", key, torch_lacks=lacks, record=record)
     if kernel == "cpu":
-        return forward(record, query, key, value, mask, scale, is_causal, False)[0]
-    if kernel == "torch" and mask is None and seqlen_k > 0 and not (record and query.dtype == torch.float64):
+        return forward(record, query, key, value, mask, scale, is_causal, bottom_right)[0]
+    torch_has = mask is None and not bottom_right and seqlen_k > 0 and not (record and query.dtype == torch.float64)
+    if kernel == "torch" and torch_has:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=heads != kv_heads
         )

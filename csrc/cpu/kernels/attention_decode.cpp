@@ -170,9 +170,79 @@ void weigh_columns(const float* weights, const Rows<T>& values, int64_t column, 
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same with weights in bfloat16, two keys at a time, the first of them even: their values are interleaved, and one
+// instruction multiplies and adds both. A key outside [from, to) that makes a pair has no weight. For 4 queries a group
+// that takes 15% off on a Zen 5, and nothing for one, which waits for memory.
+template <int kRows, int kPairs>
+void weigh_columns(const BFloat16* weights, const Rows<BFloat16>& values, int64_t column, int64_t from, int64_t to,
+                   const float (&fades)[kRows], const State (&states)[kRows], int n) {
+  constexpr int kChains = kRows * kPairs < 4 ? 2 : 1;
+  Pair sums[kChains][kRows][kPairs];
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c) {
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kPairs; ++v) sums[c][row][v] = {zero(), zero()};
+    }
+  }
+  const auto add = [&](const BFloat16* even, const BFloat16* odd, int64_t j,
+                       Pair(&to_sums)[kRows][kPairs]) FASTFORMER_LAMBDA {
+#pragma GCC unroll 8
+    for (int v = 0; v < kPairs; ++v) {
+      const int count = v + 1 < kPairs ? kPair : n;
+      const __m512i a = (__m512i)load_part(even + v * kPair, count), b = (__m512i)load_part(odd + v * kPair, count);
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        int two;
+        memcpy(&two, weights + row * kKeyBlock + j, sizeof two);
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(two);
+        Pair& sum = to_sums[row][v];
+        sum = {_mm512_dpbf16_ps(sum.first, low, weight), _mm512_dpbf16_ps(sum.second, high, weight)};
+      }
+    }
+  };
+  const BFloat16 nothing[kPairs * kPair] = {};
+  int64_t j = from;
+  if (j % 2 == 1) {
+    add(nothing, values.at(j) + column, j - 1, sums[0]);
+    ++j;
+  }
+  while (j + 1 < to) {
+    const int64_t end = smaller(to, (j / kRun + 1) * kRun);
+    const BFloat16* value = values.at(j) + column;
+    for (; j + 2 * kChains <= end; j += 2 * kChains, value += 2 * kChains * values.stride) {
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        const BFloat16* even = value + 2 * c * values.stride;
+        add(even, even + values.stride, j + 2 * c, sums[c]);
+      }
+    }
+    for (; j + 2 <= end; j += 2, value += 2 * values.stride) add(value, value + values.stride, j, sums[0]);
+  }
+  if (j < to) add(values.at(j) + column, nothing, j, sums[0]);
+  const __m512i first_order = _mm512_set_epi32(30, 28, 14, 12, 26, 24, 10, 8, 22, 20, 6, 4, 18, 16, 2, 0);
+  const __m512i second_order = _mm512_or_si512(first_order, _mm512_set1_epi32(1));
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row) {
+    const Vec fade = broadcast(fades[row]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kPairs; ++v) {
+      float *first = states[row].output + column + v * kPair, *second = first + kLanes;
+      Pair sum = sums[0][row][v];
+      if constexpr (kChains > 1) sum = sum + sums[1][row][v];
+      store(first, fma(load(first), fade, _mm512_permutex2var_ps(sum.first, first_order, sum.second)));
+      store(second, fma(load(second), fade, _mm512_permutex2var_ps(sum.first, second_order, sum.second)));
+    }
+  }
+}
+#endif
+
 // All columns from `column` on: kPairs at a time, then fewer.
-template <int kRows, int kPairs, typename T>
-FASTFORMER_INLINE void weigh_values(const float* weights, const Rows<T>& values, int64_t from, int64_t to,
+template <int kRows, int kPairs, typename Weight, typename T>
+FASTFORMER_INLINE void weigh_values(const Weight* weights, const Rows<T>& values, int64_t from, int64_t to,
                                     int64_t width, const float (&fades)[kRows], const State (&states)[kRows],
                                     int64_t column = 0) {
   for (; column + kPairs * kPair <= width; column += kPairs * kPair) {
@@ -272,7 +342,19 @@ void attend_to_keys(const Decoding<T>& d, int64_t row, int64_t first_key, int64_
     fades[i] = online_softmax(scores + i * kKeyBlock, some_terms == nullptr ? nullptr : terms,
                               has_dropout(a) ? factors : nullptr, from, to, a, states[i]);
   }
-  weigh_values<kRows, kSums / 2 / kRows>(scores, values, from, to, a.value_dim, fades, states);
+  constexpr int kPairs = kSums / 2 / kRows;
+#if defined(__AVX512BF16__)
+  if constexpr (kRows > 1 && __is_same(T, BFloat16)) {
+    alignas(64) BFloat16 weights[kRows * kKeyBlock];
+    for (int i = 0; i < kRows * kKeyBlock; i += kKeyBlock) {
+      for (int64_t j = from / kLanes * kLanes; j < to; j += kLanes) store(weights + i + j, load(scores + i + j));
+      if (from % 2 == 1) weights[i + from - 1] = {};
+      if (to % 2 == 1) weights[i + to] = {};
+    }
+    return weigh_values<kRows, kPairs>(weights, values, from, to, a.value_dim, fades, states);
+  }
+#endif
+  weigh_values<kRows, kPairs>(scores, values, from, to, a.value_dim, fades, states);
 }
 
 // What a row's query sees of a block, by the band and by a boolean mask, from its first key on.
