@@ -1,0 +1,89 @@
+// The language of the kernels, for nvcc and for the emulator in tests/simt, which runs the same sources on a CPU.
+#pragma once
+
+#ifdef FASTFORMER_SIMT
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+
+#include "../cpu/kernels/dtypes.h"
+
+#define FASTFORMER_DEVICE __device__ __forceinline__
+
+namespace fastformer::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifndef FASTFORMER_SIMT  // whose own are in simt.h
+FASTFORMER_DEVICE float to_float(BFloat16 x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+FASTFORMER_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+FASTFORMER_DEVICE BFloat16 to_bfloat16(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+FASTFORMER_DEVICE Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+#endif
+FASTFORMER_DEVICE float to_float(float x) { return x; }
+
+// Rounded to nearest even.
+template <typename T>
+FASTFORMER_DEVICE T from_float(float x) {
+  if constexpr (__is_same(T, BFloat16)) {
+    return to_bfloat16(x);
+  } else if constexpr (__is_same(T, Half)) {
+    return to_half(x);
+  } else {
+    return x;
+  }
+}
+
+// The block's dynamic shared memory, which `launch` was told the size of; aligned to 128 bytes.
+template <typename T>
+FASTFORMER_DEVICE T* shared_memory() {
+#ifdef FASTFORMER_SIMT
+  return static_cast<T*>(simt::shared_memory());
+#else
+  extern __shared__ __align__(128) unsigned char fastformer_shared[];
+  return reinterpret_cast<T*>(fastformer_shared);
+#endif
+}
+
+// kCount neighbours that are loaded and stored together: 16 bytes are the widest access there is.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T values[kCount];
+};
+
+template <int kCount, typename T>
+FASTFORMER_DEVICE Pack<T, kCount> load(const T* from) {
+#ifdef FASTFORMER_SIMT  // checks that the pack lies at a multiple of its size
+  return simt::load<Pack<T, kCount>>(from);
+#else
+  return *reinterpret_cast<const Pack<T, kCount>*>(from);
+#endif
+}
+template <int kCount, typename T>
+FASTFORMER_DEVICE void store(T* to, const Pack<T, kCount>& pack) {
+#ifdef FASTFORMER_SIMT
+  simt::store(to, pack);
+#else
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+#endif
+}
+
+// Over all 32 lanes; each gets the result.
+FASTFORMER_DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+FASTFORMER_DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  return x;
+}
+
+}  // namespace fastformer::cuda

@@ -1,0 +1,38 @@
+// The one way a kernel is started.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include "device.cuh"
+
+namespace fastformer::cuda {
+
+// Starts `kernel` on `stream`, with `shared_bytes` of dynamic shared memory, and raises if it can't be started. Nothing
+// waits for it.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Arguments&&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#ifdef FASTFORMER_SIMT
+  static_cast<void>(stream);
+  simt::launch(kernel, grid, block, shared_bytes, static_cast<Parameters>(arguments)...);
+#else
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kWithoutAsking) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), " (grid ", grid.x, " x ", grid.y, " x ",
+                  grid.z, ", block ", block.x, ", shared memory ", shared_bytes, ")");
+#endif
+}
+
+}  // namespace fastformer::cuda

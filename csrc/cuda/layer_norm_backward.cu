@@ -1,0 +1,419 @@
+// LayerNorm and RMSNorm over the last dimension, backward. Shapes: N rows (all leading dimensions together), C columns.
+// With normed = (summed - mean) * rstd and scaled = grad_output * weight, the gradient of a row is
+//
+//     grad_input = rstd * (scaled - mean(scaled) - normed * mean(scaled * normed)) + grad_summed
+//
+// (without mean(scaled) in RMSNorm), and the weight's and bias's are the sums over rows of grad_output * normed and of
+// grad_output. A few blocks a multiprocessor go over the rows, read each input once, and hold a row in registers and
+// their sums over rows in registers too, or, of wider rows, in shared memory; a second kernel adds up the blocks' sums.
+// Of rows wider still, the sums would not fit beside the row: there the second kernel reads grad_output and summed
+// again, each block a few columns of all rows. No atomics: every sum is taken in an order that depends on the sizes and
+// the device alone.
+#include <algorithm>
+#include <tuple>
+
+#include "layer_norm.cuh"
+#include "layer_norm_sums.cuh"
+
+namespace fastformer::cuda {
+namespace {
+
+// --- kernels
+
+template <typename T, typename W>
+struct Backward {
+  const T* grad_output;        // [N, C], unit stride
+  const T* grad_summed;        // likewise, or nullptr
+  const T* summed;             // likewise
+  const W* weight;             // [C] or nullptr
+  const float* mean;           // [N]; nullptr if RMS
+  const float* rstd;           // [N]
+  T* grad_input;               // [N, C], contiguous
+  int64_t row_count;           // N
+  int64_t column_count;        // C
+  int64_t grad_output_stride;  // from row to row
+  int64_t grad_summed_stride;  // likewise
+  int64_t summed_stride;       // likewise
+};
+
+struct Statistics {
+  float mean, rstd;
+};
+
+template <typename T, typename W>
+FASTFORMER_DEVICE Statistics statistics_of(const Backward<T, W>& args, int64_t row) {
+  if (row >= args.row_count) return {0.0f, 0.0f};
+  return {args.mean == nullptr ? 0.0f : args.mean[row], args.rstd[row]};
+}
+
+// Means over a row of scaled * normed and, but in RMSNorm, of scaled.
+struct Means {
+  float product, scaled;
+};
+
+template <int kLanes, typename T, typename W>
+FASTFORMER_DEVICE Means means_of(const Backward<T, W>& args, float products, float scaled, Team<kLanes>& team) {
+  const float count = static_cast<float>(args.column_count);
+  products = team.sum(products) / count;
+  return {products, args.mean == nullptr ? 0.0f : team.sum(scaled) / count};
+}
+
+template <typename T>
+FASTFORMER_DEVICE float normed_of(T summed, const Statistics& of) {
+  return (to_float(summed) - of.mean) * of.rstd;
+}
+
+// __fmul_rn: never fused with what follows, so that the one column of a row is exactly its own mean.
+template <typename T>
+FASTFORMER_DEVICE float scaled_of(T grad, float weight) {
+  return __fmul_rn(to_float(grad), weight);
+}
+
+// grad_input of a thread's columns of a row from `start` on.
+template <int kPack, typename T, typename W, int kCount, int kLanes>
+FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&grad)[kCount], const T (&summed)[kCount],
+                                        const Statistics& of, const Means& means, int64_t row, int64_t start,
+                                        int columns, const Team<kLanes>& team) {
+  // Several packs of grad_summed at once: between the stores each would be waited for alone.
+  constexpr int kAtOnce = kCount % 16 == 0 ? 16 : kCount % 8 == 0 ? 8 : kCount;
+#pragma unroll
+  for (int group = 0; group < kCount; group += kAtOnce) {
+    const int shift = group * team.size(), left = columns - shift;
+    T added[kAtOnce] = {};
+    if (args.grad_summed != nullptr) {
+      load_row<kPack>(added, args.grad_summed + row * args.grad_summed_stride + start + shift, left, team);
+    }
+    T* grad_input = args.grad_input + row * args.column_count + start + shift;
+    for_packs<kPack, kAtOnce>(team, left, [&](int first, int column) {
+      float weight[kPack];
+      load_floats(weight, args.weight, start + shift + column, 1.0f);
+      Pack<T, kPack> pack;
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float scaled = scaled_of(grad[group + first + i], weight[i]);
+        const float normed = normed_of(summed[group + first + i], of);
+        const float centred = scaled - means.scaled - normed * means.product;
+        pack.values[i] = from_float<T>(centred * of.rstd + to_float(added[first + i]));
+      }
+      store(grad_input + column, pack);
+    });
+  }
+}
+
+// A thread's columns where registers hold its sums too, and where shared memory does: as many as ptxas gives 128
+// registers without spilling. For 16-bit rows with float32 weights that is fewer.
+template <typename W, int kPack, bool kInShared>
+constexpr int kSummed = !kInShared               ? (kPack == 1 ? 12 : 16)
+                        : kPack * sizeof(W) > 16 ? 24
+                                                 : 32;
+
+template <typename T, typename W, int kPack, int kLanes, bool kInShared>
+__global__ void __launch_bounds__(Team<kLanes>::kThreads)
+    layer_norm_backward_held(const Backward<T, W> args,
+                             float* weight_sums,  // [blocks, C]: each block's share of grad_weight; nullptr: not asked
+                             float* bias_sums) {  // likewise of grad_bias
+  constexpr int kCount = kSummed<W, kPack, kInShared>;
+  Team<kLanes> team;
+  const int column_count = static_cast<int>(args.column_count);
+  const int64_t rows_a_block = kLanes == kBlock ? 1 : blockDim.x / team.size();
+  const int64_t team_in_block = kLanes == kBlock ? 0 : threadIdx.x / team.size();
+  Sums<kCount, kInShared> sums(shared_memory<float>() + Team<kLanes>::kSharedBytes / sizeof(float));
+  for (int64_t first_row = blockIdx.x * rows_a_block; first_row < args.row_count;
+       first_row += gridDim.x * rows_a_block) {
+    const int64_t row = first_row + team_in_block;
+    const int columns = row < args.row_count ? column_count : 0;
+    T grad[kCount], summed[kCount];
+    load_row<kPack>(grad, args.grad_output + row * args.grad_output_stride, columns, team);
+    load_row<kPack>(summed, args.summed + row * args.summed_stride, columns, team);
+    const Statistics of = statistics_of(args, row);
+    float products = 0.0f, scaled_sum = 0.0f;
+    for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
+      float weight[kPack];
+      load_floats(weight, args.weight, column, 1.0f);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float normed = normed_of(summed[first + i], of), scaled = scaled_of(grad[first + i], weight[i]);
+        sums.weight(first + i) += to_float(grad[first + i]) * normed;
+        sums.bias(first + i) += to_float(grad[first + i]);
+        products += scaled * normed;
+        scaled_sum += scaled;
+      }
+    });
+    const Means means = means_of(args, products, scaled_sum, team);
+    store_grad_input<kPack>(args, grad, summed, of, means, row, 0, columns, team);
+  }
+
+  if (weight_sums == nullptr && bias_sums == nullptr) return;
+  if constexpr (kLanes != kBlock) {
+    add_teams<kLanes>(sums);
+    if (team_in_block > 0) return;
+  }
+  const int64_t place = blockIdx.x * args.column_count;
+  for_packs<kPack, kCount>(team, column_count, [&](int first, int column) {
+    float weight[kPack], bias[kPack];
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      weight[i] = sums.weight(first + i);
+      bias[i] = sums.bias(first + i);
+    }
+    if (weight_sums != nullptr) store_floats<kPack>(weight_sums + place + column, weight);
+    if (bias_sums != nullptr) store_floats<kPack>(bias_sums + place + column, bias);
+  });
+}
+
+// A block adds up a few columns of the blocks' sums: kColumnsAdded threads side by side read 32 bytes, what memory
+// gives at least.
+constexpr int kColumnsAdded = 8, kAddingThreads = 512;
+
+template <typename W>
+__global__ void __launch_bounds__(kAddingThreads)
+    layer_norm_backward_add(const float* weight_sums,  // [blocks, C] or nullptr
+                            const float* bias_sums,    // likewise
+                            W* grad_weight,            // [C] or nullptr
+                            W* grad_bias,              // likewise
+                            int64_t sum_count, int64_t column_count) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumnsAdded + threadIdx.x % kColumnsAdded;
+  Sums<1, false> sums;
+  if (column < column_count) {
+    for (int64_t i = threadIdx.x / kColumnsAdded; i < sum_count; i += kAddingThreads / kColumnsAdded) {
+      if (weight_sums != nullptr) sums.weight(0) += weight_sums[i * column_count + column];
+      if (bias_sums != nullptr) sums.bias(0) += bias_sums[i * column_count + column];
+    }
+  }
+  add_teams<kColumnsAdded>(sums);
+  if (threadIdx.x >= kColumnsAdded || column >= column_count) return;
+  if (grad_weight != nullptr) grad_weight[column] = from_float<W>(sums.weight(0));
+  if (grad_bias != nullptr) grad_bias[column] = from_float<W>(sums.bias(0));
+}
+
+// grad_input of one row a block. kept_columns: how many of the first columns of grad_output and of summed shared memory
+// has room for, whole steps of the loop or all of them.
+template <typename T, typename W, int kPack>
+__global__ void __launch_bounds__(kLargeBlock)
+    layer_norm_backward_looped(const Backward<T, W> args, int64_t kept_columns) {
+  constexpr int kCount = kHeld<kPack>;
+  Team<kBlock> team;
+  const int64_t row = team.row();
+  const int step = team.size() * kCount;
+  const T* grad_row = args.grad_output + row * args.grad_output_stride;
+  const T* summed_row = args.summed + row * args.summed_stride;
+  T* kept_grad = shared_memory<T>() + Team<kBlock>::kSharedBytes / sizeof(T);
+  T* kept_summed = kept_grad + kept_columns;
+  const Statistics of = statistics_of(args, row);
+  T grad[kCount], summed[kCount];
+
+  float products = 0.0f, scaled_sum = 0.0f;
+  for (int64_t start = 0; start < args.column_count; start += step) {
+    const int columns = at_most(step, args.column_count - start);
+    load_row<kPack>(grad, grad_row + start, columns, team);
+    load_row<kPack>(summed, summed_row + start, columns, team);
+    if (start < kept_columns) {
+      store_row<kPack>(kept_grad + start, grad, columns, team);
+      store_row<kPack>(kept_summed + start, summed, columns, team);
+    }
+    for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
+      float weight[kPack];
+      load_floats(weight, args.weight, start + column, 1.0f);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        const float scaled = scaled_of(grad[first + i], weight[i]);
+        products += scaled * normed_of(summed[first + i], of);
+        scaled_sum += scaled;
+      }
+    });
+  }
+  const Means means = means_of(args, products, scaled_sum, team);
+
+  // As in the forward: a thread reads of what is kept what it wrote itself, and last columns come first.
+  for (int64_t start = (args.column_count - 1) / step * step; start >= 0; start -= step) {
+    const int columns = at_most(step, args.column_count - start);
+    const bool kept = start < kept_columns;
+    load_row<kPack>(grad, (kept ? kept_grad : grad_row) + start, columns, team);
+    load_row<kPack>(summed, (kept ? kept_summed : summed_row) + start, columns, team);
+    store_grad_input<kPack>(args, grad, summed, of, means, row, start, columns, team);
+  }
+}
+
+// grad_weight and grad_bias of kLanes * kPack columns a block. Each team of kLanes threads adds up every so many-th
+// row.
+constexpr int kColumnThreads = 512;
+
+template <typename T, typename W, int kPack, int kLanes>
+__global__ void __launch_bounds__(kColumnThreads)
+    layer_norm_backward_columns(const Backward<T, W> args,
+                                W* grad_weight,  // [C], or nullptr if not asked for
+                                W* grad_bias) {  // likewise
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes) * kPack;
+  Sums<kPack, false> sums;
+  if (column < args.column_count) {
+#pragma unroll 4
+    for (int64_t row = threadIdx.x / kLanes; row < args.row_count; row += kColumnThreads / kLanes) {
+      const Pack<T, kPack> grad = load<kPack>(args.grad_output + row * args.grad_output_stride + column);
+      const Pack<T, kPack> summed = load<kPack>(args.summed + row * args.summed_stride + column);
+      const Statistics of = statistics_of(args, row);
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        sums.weight(i) += to_float(grad.values[i]) * normed_of(summed.values[i], of);
+        sums.bias(i) += to_float(grad.values[i]);
+      }
+    }
+  }
+  add_teams<kLanes>(sums);
+  if (threadIdx.x >= kLanes || column >= args.column_count) return;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) {
+    if (grad_weight != nullptr) grad_weight[column + i] = from_float<W>(sums.weight(i));
+    if (grad_bias != nullptr) grad_bias[column + i] = from_float<W>(sums.bias(i));
+  }
+}
+
+// --- launcher
+
+// Threads of all the blocks that go over rows on one multiprocessor: with up to 128 registers each they fill it. More
+// blocks would also mean more sums to add up.
+constexpr int kThreadsAMultiprocessor = 512;
+
+// What is asked for, and where a kernel puts it.
+template <typename W>
+struct VectorGrads {
+  std::optional<Tensor> weight, bias;
+
+  bool any() const { return weight.has_value() || bias.has_value(); }
+  W* to_weight() const { return weight.has_value() ? mutable_pointer<W>(*weight) : nullptr; }
+  W* to_bias() const { return bias.has_value() ? mutable_pointer<W>(*bias) : nullptr; }
+};
+
+template <typename T, typename W, int kPack, int kLanes, bool kInShared>
+void launch_held(const Backward<T, W>& args, const VectorGrads<W>& grads, int64_t most_blocks, dim3 block,
+                 int64_t shared_bytes, const Tensor& like, const OnDevice& device) {
+  const int64_t running = static_cast<int64_t>(device.multiprocessors()) * (kThreadsAMultiprocessor / block.x);
+  const int64_t blocks = std::min(most_blocks, running);
+  VectorGrads<float> sums;
+  const auto new_sums = [&] { return empty_like_sizes(like, {blocks, args.column_count}, ScalarType::Float); };
+  if (grads.weight.has_value()) sums.weight = new_sums();
+  if (grads.bias.has_value()) sums.bias = new_sums();
+  launch(layer_norm_backward_held<T, W, kPack, kLanes, kInShared>, dim3(static_cast<unsigned>(blocks)), block,
+         shared_bytes, device.stream, args, sums.to_weight(), sums.to_bias());
+  if (!grads.any()) return;
+  launch(layer_norm_backward_add<W>, dim3(static_cast<unsigned>(ceil_div(args.column_count, kColumnsAdded))),
+         dim3(kAddingThreads), add_teams_bytes(kAddingThreads, 1), device.stream, pointer<float>(sums.weight),
+         pointer<float>(sums.bias), grads.to_weight(), grads.to_bias(), blocks, args.column_count);
+}
+
+template <typename T, typename W, int kPack>
+void launch_looped(const Backward<T, W>& args, const VectorGrads<W>& grads, dim3 grid, const OnDevice& device) {
+  constexpr int64_t kScratch = Team<kBlock>::kSharedBytes;
+  const int64_t room = (device.shared_memory_limit() - kScratch) / static_cast<int64_t>(2 * sizeof(T));
+  constexpr int64_t kStep = kLargeBlock * kHeld<kPack>;
+  const int64_t kept = args.column_count <= room ? args.column_count : room / kStep * kStep;
+  launch(layer_norm_backward_looped<T, W, kPack>, grid, dim3(kLargeBlock), kScratch + 2 * kept * sizeof(T),
+         device.stream, args, kept);
+  if (!grads.any()) return;
+  // 128 bytes of a row side by side, or as many single elements as a warp has lanes.
+  constexpr int kLanesAcross = kPack == 1 ? kWarp : 8;
+  const dim3 columns(static_cast<unsigned>(ceil_div(args.column_count, kLanesAcross * kPack)));
+  launch(layer_norm_backward_columns<T, W, kPack, kLanesAcross>, columns, dim3(kColumnThreads),
+         add_teams_bytes(kColumnThreads, kPack), device.stream, args, grads.to_weight(), grads.to_bias());
+}
+
+template <typename T, typename W, int kPack>
+void launch_backward(const Backward<T, W>& args, const VectorGrads<W>& grads, const Tensor& like,
+                     const OnDevice& device) {
+  constexpr int kCount = kSummed<W, kPack, false>, kWideCount = kSummed<W, kPack, true>;
+  for_team<kCount>(args.row_count, args.column_count, [&]<int kLanes, bool kLooped>(dim3 grid, dim3 block) {
+    constexpr int64_t kScratch = Team<kLanes>::kSharedBytes;
+    if constexpr (!kLooped) {
+      const int64_t shared_bytes = kLanes == kBlock ? kScratch : grads.any() ? add_teams_bytes(block.x, kCount) : 0;
+      launch_held<T, W, kPack, kLanes, false>(args, grads, grid.x, block, shared_bytes, like, device);
+    } else {
+      // Single elements would need as many accesses as a thread has columns at once, and their addresses.
+      if constexpr (kPack > 1) {
+        const int64_t threads = ceil_div(ceil_div(args.column_count, kWideCount), kWarp) * kWarp;
+        const int64_t shared_bytes = kScratch + threads * 2 * kWideCount * static_cast<int64_t>(sizeof(float));
+        if (grads.any() && threads <= kLargeBlock && shared_bytes <= device.shared_memory_limit()) {
+          return launch_held<T, W, kPack, kBlock, true>(
+              args, grads, args.row_count, dim3(static_cast<unsigned>(threads)), shared_bytes, like, device);
+        }
+      }
+      launch_looped<T, W, kPack>(args, grads, grid, device);
+    }
+  });
+}
+
+// --- operator
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output,
+                                                       const std::optional<Tensor>& grad_summed, const Tensor& summed,
+                                                       const std::optional<Tensor>& weight, const Tensor& mean,
+                                                       const Tensor& rstd, bool has_bias, bool rms) {
+  const OnDevice device(summed);
+  STD_TORCH_CHECK(summed.dim() >= 1, "summed must have at least one dimension");
+  const DType dtype = dtype_of(summed, "summed");
+  const int64_t row_count = row_count_of(summed), column_count = summed.size(summed.dim() - 1);
+  const auto check_like = [&](const Tensor& tensor, const char* name) {
+    check_device(tensor, name, summed, "summed");
+    STD_TORCH_CHECK(same_sizes(tensor, summed), name, " must have the shape of summed");
+    STD_TORCH_CHECK(tensor.scalar_type() == summed.scalar_type(), name, " must have the dtype of summed");
+  };
+  check_like(grad_output, "grad_output");
+  if (grad_summed.has_value()) check_like(*grad_summed, "grad_summed");
+  check_row_vector(weight, "weight", summed, "summed");
+  check_device(rstd, "rstd", summed, "summed");
+  STD_TORCH_CHECK(rstd.numel() == row_count && (rms || mean.numel() == row_count),
+                  "mean and rstd must have an element a row");
+  STD_TORCH_CHECK(rstd.scalar_type() == ScalarType::Float && (rms || mean.scalar_type() == ScalarType::Float),
+                  "mean and rstd must be float32");
+  if (!rms) check_device(mean, "mean", summed, "summed");
+
+  const bool has_weight = weight.has_value();
+  const ScalarType wanted_type = has_weight ? weight->scalar_type() : summed.scalar_type();
+  const Tensor grad_input = empty_of_sizes(summed);
+  if (summed.numel() == 0) {
+    return {grad_input, has_weight ? zeros(summed, column_count, wanted_type) : no_result(summed),
+            has_bias ? zeros(summed, column_count, wanted_type) : no_result(summed)};
+  }
+  const bool alike = wanted_type == summed.scalar_type();
+  const ScalarType vector_type = alike ? wanted_type : ScalarType::Float;
+  const auto vector_result = [&](bool asked) {
+    return asked ? std::optional<Tensor>(empty_like_sizes(summed, {column_count}, vector_type)) : std::nullopt;
+  };
+  const std::optional<Tensor> grad_weight = vector_result(has_weight), grad_bias = vector_result(has_bias);
+
+  const Rows grad_rows = as_rows(grad_output), rows = as_rows(summed);
+  std::optional<Rows> added_rows;
+  if (grad_summed.has_value()) added_rows = as_rows(*grad_summed);
+  const std::optional<Tensor> w = row_vector(weight, vector_type, "weight");
+  const Tensor row_mean = as_contiguous(mean), row_rstd = as_contiguous(rstd);
+  for_dtypes(dtype, alike ? dtype : DType::float32, [&]<typename T, typename W>() {
+    const Backward<T, W> args{
+        .grad_output = pointer<T>(grad_rows.tensor),
+        .grad_summed = added_rows.has_value() ? pointer<T>(added_rows->tensor) : nullptr,
+        .summed = pointer<T>(rows.tensor),
+        .weight = pointer<W>(w),
+        .mean = rms ? nullptr : pointer<float>(row_mean),
+        .rstd = pointer<float>(row_rstd),
+        .grad_input = mutable_pointer<T>(grad_input),
+        .row_count = row_count,
+        .column_count = column_count,
+        .grad_output_stride = grad_rows.stride,
+        .grad_summed_stride = added_rows.has_value() ? added_rows->stride : 0,
+        .summed_stride = rows.stride,
+    };
+    const bool widest = takes_widest(args.grad_output, args.grad_output_stride, column_count) &&
+                        takes_widest(args.grad_summed, args.grad_summed_stride, column_count) &&
+                        takes_widest(args.summed, args.summed_stride, column_count) && takes_widest(args.weight);
+    const VectorGrads<W> grads{grad_weight, grad_bias};
+    widest ? launch_backward<T, W, kWidest<T>>(args, grads, summed, device)
+           : launch_backward<T, W, 1>(args, grads, summed, device);
+  });
+  const auto in_wanted_type = [&](const std::optional<Tensor>& result) {
+    if (!result.has_value()) return no_result(summed);
+    return vector_type == wanted_type ? *result : torch::stable::to(*result, wanted_type);
+  };
+  return {grad_input, in_wanted_type(grad_weight), in_wanted_type(grad_bias)};
+}
+
+}  // namespace
+}  // namespace fastformer::cuda
+
+FASTFORMER_CUDA_LIBRARY(m) { m.impl("layer_norm_backward", TORCH_BOX(&fastformer::cuda::layer_norm_backward)); }

@@ -1,0 +1,139 @@
+// What kernels over rows share: which threads work on a row, their sums and maxima, and how wide they read.
+#pragma once
+
+#include "common.h"
+#include "ptx.cuh"
+
+namespace fastformer::cuda {
+
+// The elements of the widest access.
+template <typename T>
+constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
+// The elements of a row that one thread holds in registers, read kPack together: four of the widest accesses, or 16
+// single elements.
+template <int kPack>
+constexpr int kHeld = kPack == 1 ? 16 : 4 * kPack;
+
+// A team is the threads that share a row: kLanes neighbours in a warp, or the whole block.
+constexpr int kBlock = 0;
+constexpr int kSmallBlock = 128;  // threads of a block of several teams
+constexpr int kLargeBlock = 512;  // at most, of a block that is one: 1024 would have 64 registers each, too few
+
+template <int kLanes>
+class Team {
+ public:
+  static constexpr int kThreads = kLanes == kBlock ? kLargeBlock : kSmallBlock;  // of the block, at most
+  static constexpr int kSharedBytes = kLanes == kBlock ? 2 * kWarp * static_cast<int>(sizeof(float)) : 0;
+
+  FASTFORMER_DEVICE int size() const { return kLanes == kBlock ? blockDim.x : kLanes; }
+  FASTFORMER_DEVICE int rank() const { return kLanes == kBlock ? threadIdx.x : threadIdx.x % kLanes; }
+  FASTFORMER_DEVICE int64_t row() const {
+    if constexpr (kLanes == kBlock) {
+      return blockIdx.x;
+    } else {
+      return static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
+    }
+  }
+
+  // This thread's columns, from where the team starts: packs of kPack neighbours, one a thread in turn.
+  template <int kPack>
+  FASTFORMER_DEVICE int column(int pack) const {
+    return (pack * size() + rank()) * kPack;
+  }
+
+  // Over the team; each thread gets the same. All threads of the block call it, also those whose row does not exist.
+  FASTFORMER_DEVICE float sum(float x) {
+    return over_team(x, 0.0f, [](float a, float b) { return a + b; });
+  }
+  // NaN counts for nothing, as in fmaxf.
+  FASTFORMER_DEVICE float max(float x) {
+    return over_team(x, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
+  }
+
+ private:
+  template <int kCount, typename Combine>
+  FASTFORMER_DEVICE static float over_lanes(float x, Combine combine) {
+#pragma unroll
+    for (int lane = kCount / 2; lane > 0; lane /= 2) x = combine(x, __shfl_xor_sync(kAllLanes, x, lane));
+    return x;
+  }
+
+  template <typename Combine>
+  FASTFORMER_DEVICE float over_team(float x, float nothing, Combine combine) {
+    if constexpr (kLanes != kBlock) {
+      return over_lanes<kLanes>(x, combine);
+    } else {
+      // One barrier each: the two halves of the scratch memory take turns. A thread writes to a half again only after
+      // the barrier of the call in between, to which every thread comes after it has read that half.
+      float* each_warp = shared_memory<float>() + turn_ * kWarp;
+      turn_ ^= 1;
+      x = over_lanes<kWarp>(x, combine);
+      const int lane = threadIdx.x % kWarp;
+      if (lane == 0) each_warp[threadIdx.x / kWarp] = x;
+      __syncthreads();
+      return over_lanes<kWarp>(lane < static_cast<int>(blockDim.x / kWarp) ? each_warp[lane] : nothing, combine);
+    }
+  }
+
+  int turn_ = 0;
+};
+
+// What is left of a row to one step of a loop over it.
+FASTFORMER_DEVICE int at_most(int step, int64_t left) { return static_cast<int>(left < step ? left : step); }
+
+// exp(score - peak), twice as cheap as expf. The difference is taken first: its rounding is what counts for huge ones.
+FASTFORMER_DEVICE float exp_below(float score, float peak) {
+  constexpr float kLog2E = 1.44269504f;
+  return ptx::ex2((score - peak) * kLog2E);
+}
+
+// With all columns masked out the maximum is -inf; the exponentials are then 0 below any finite one, never NaN.
+FASTFORMER_DEVICE float finite(float peak) { return peak == -INFINITY ? 0.0f : peak; }
+
+// x [..., C], not empty, as [N, C] of unit stride.
+struct Rows {
+  Tensor tensor;
+  int64_t count, columns, stride;  // stride: elements from row to row
+};
+
+// Copies only where no such view exists.
+inline Rows as_rows(const Tensor& x) {
+  const int64_t columns = x.size(x.dim() - 1), count = x.numel() / columns;
+  bool is_view = columns == 1 || x.stride(x.dim() - 1) == 1;
+  int64_t stride = columns, merged = 1;  // merged: rows of the dimensions so far
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (merged == 1) stride = x.stride(i);
+    is_view = is_view && x.stride(i) == stride * merged;
+    merged *= x.size(i);
+  }
+  if (!is_view) return {torch::stable::contiguous(x), count, columns, columns};
+  return {x, count, columns, stride};
+}
+
+// Whether every access to such rows can be of the widest kind.
+template <typename T>
+bool takes_widest(const T* data, int64_t stride, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kWidest<T> == 0 && columns % kWidest<T> == 0;
+}
+
+// Calls body.operator()<kLanes, kLooped>(grid, block) for rows of which a thread holds kHeldColumns. Eight lanes have
+// rows of up to 512 bytes (in 16-byte accesses), four rows a warp, so that short rows leave few lanes idle; a warp 2
+// KB, without a barrier; a block 32 KB, with no more threads than the row fills. Wider rows a block goes over in a
+// loop.
+template <int kHeldColumns, typename Body>
+void for_team(int64_t rows, int64_t columns, Body&& body) {
+  const auto grid = [&](int64_t rows_a_block) { return dim3(static_cast<unsigned>((rows - 1) / rows_a_block + 1)); };
+  const int64_t threads = (columns - 1) / kHeldColumns + 1;
+  if (threads <= 8) {
+    body.template operator()<8, false>(grid(kSmallBlock / 8), dim3(kSmallBlock));
+  } else if (threads <= kWarp) {
+    body.template operator()<kWarp, false>(grid(kSmallBlock / kWarp), dim3(kSmallBlock));
+  } else if (threads <= kLargeBlock) {
+    body.template operator()<kBlock, false>(grid(1), dim3(static_cast<unsigned>((threads - 1) / kWarp + 1) * kWarp));
+  } else {
+    body.template operator()<kBlock, true>(grid(1), dim3(kLargeBlock));
+  }
+}
+
+}  // namespace fastformer::cuda
