@@ -1,0 +1,69 @@
+"""Deletes each barrier and each wait of a kernel once, and says which deletions no emulated test notices.
+
+    python tests/simt/delete_barriers.py csrc/cuda/softmax.cu tests/test_softmax.py
+
+A header (rows.cuh) will do as well. What follows the file goes to pytest, which runs those tests in the emulator and
+stops at the first failure. What survives is needless, or no test needs it; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = ROOT / "build" / "simt_deleted"
+BARRIER = re.compile(
+    r"(__syncthreads\(\)|__syncwarp\([^()]*\)|(ptx::)?(cp_async_wait<\w+>\(\)|barrier_sync\([^;]*\)));"
+)
+
+
+def main(file: str, *tests: str) -> int:
+    """The exit status: how many deletions survived."""
+    name = Path(file).resolve().relative_to(ROOT)
+    for folder in ("csrc", "tests/simt"):
+        shutil.copytree(ROOT / folder, COPY / folder, dirs_exist_ok=True)
+    source = (COPY / name).read_text()
+    if not BARRIER.search(source):
+        print(f"{name} has no barriers")
+        return 0
+    print(f"{name} as it is: ", end="", flush=True)
+    if failure := first_failure(tests):
+        print(f"fails already ({failure})")
+        return 1
+    print("passes")
+    survivors = 0
+    try:
+        for barrier in BARRIER.finditer(source):
+            line = source.count("\n", 0, barrier.start()) + 1
+            if "//" in source[source.rfind("\n", 0, barrier.start()) + 1 : barrier.start()]:
+                continue
+            (COPY / name).write_text(source[: barrier.start()] + ";" + source[barrier.end() :])
+            failure = first_failure(tests)
+            survivors += failure == ""
+            print(f"{name}:{line}: {barrier.group()} {failure or 'SURVIVED'}", flush=True)
+    finally:
+        (COPY / name).write_text(source)
+    return survivors
+
+
+def first_failure(tests: tuple[str, ...]) -> str:
+    """The first test that fails, with its error; empty if all pass."""
+    environment = os.environ | {"FASTFORMER_SIMT_ROOT": str(COPY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "cuda-cpu", "--tb=line", *tests]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if result.returncode == 0:
+        return ""
+    if result.returncode != 1:
+        raise RuntimeError(f"pytest did not run the tests:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    found = re.search(r"^FAILED (.*)$", result.stdout, re.MULTILINE)
+    report = re.search(r"^  (race|uninitialised|copy under way|deadlock|divergence): .*$", result.stdout, re.MULTILINE)
+    return (found.group(1) if found else "fails") + (f" [{report.group().strip()}]" if report else "")
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(*sys.argv[1:]), 1))

@@ -1,0 +1,280 @@
+// Fibers, the schedule, and the launch.
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+
+#include "runtime.h"
+#include "schedule.h"
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
+uint3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+State state;
+Thread* current = nullptr;
+std::array<Memory, 2> free_memory;
+__thread bool in_kernel __attribute__((tls_model("initial-exec"))) = false;
+
+namespace {
+
+constexpr size_t kStack = 256 * 1024;
+constexpr size_t kGuard = 4096;
+
+char* stacks = nullptr;
+void* host_stack_pointer = nullptr;
+std::recursive_mutex one_at_a_time;
+
+// Threads that may run. In order of arrival, or at random.
+class Ready {
+ public:
+  void clear() { count_ = first_ = 0; }
+  bool empty() const { return count_ == 0; }
+  void push(int thread) { threads_[(first_ + count_++) % kMaxThreads] = thread; }
+  int pop() {
+    if (random != nullptr) std::swap(at(0), at((*random)() % count_));
+    const int thread = at(0);
+    first_ = (first_ + 1) % kMaxThreads;
+    --count_;
+    return thread;
+  }
+  std::minstd_rand* random = nullptr;
+
+ private:
+  int& at(unsigned i) { return threads_[(first_ + i) % kMaxThreads]; }
+  int threads_[kMaxThreads];
+  unsigned first_ = 0, count_ = 0;
+};
+Ready ready;
+std::minstd_rand generator;
+
+#ifdef __x86_64__
+// Saves what a call keeps (System V ABI) on the stack of the one, and goes on where the other did the same.
+extern "C" void fastformer_simt_switch(void** save, void* load);
+asm(R"(
+.text
+.hidden fastformer_simt_switch
+.globl fastformer_simt_switch
+.type fastformer_simt_switch, @function
+fastformer_simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fastformer_simt_switch, .-fastformer_simt_switch
+)");
+void switch_to(void** save, void* load) { fastformer_simt_switch(save, load); }
+
+void* new_fiber(char* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + kStack) - 2;  // so that entry() begins as if called
+  *top = reinterpret_cast<void*>(entry);
+  return top - 6;
+}
+#else
+ucontext_t contexts[kMaxThreads + 1];
+void switch_to(void** save, void* load) {
+  if (*save == nullptr) *save = &contexts[kMaxThreads];
+  swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
+}
+void* new_fiber(char* stack, void (*entry)()) {
+  ucontext_t* context = &contexts[(stack - stacks) / (kStack + kGuard)];
+  getcontext(context);
+  context->uc_stack.ss_sp = stack;
+  context->uc_stack.ss_size = kStack;
+  context->uc_link = nullptr;
+  makecontext(context, entry, 0);
+  return context;
+}
+#endif
+
+// Where the stack of this thread of the host ends.
+uintptr_t end_of_host_stack() {
+  static thread_local const uintptr_t end = [] {
+    pthread_attr_t attributes;
+    void* begin = nullptr;
+    size_t bytes = 0;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return uintptr_t{0};
+    pthread_attr_getstack(&attributes, &begin, &bytes);
+    pthread_attr_destroy(&attributes);
+    return reinterpret_cast<uintptr_t>(begin) + bytes;
+  }();
+  return end;
+}
+
+char* stack_of(int thread) { return stacks + (kStack + kGuard) * thread + kGuard; }
+
+void make_stacks() {
+  if (stacks != nullptr) return;
+  void* memory = mmap(nullptr, (kStack + kGuard) * kMaxThreads, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for the stacks");
+  stacks = static_cast<char*>(memory);
+  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + (kStack + kGuard) * i, kGuard, PROT_NONE);
+}
+
+void run(Thread& thread) {
+  current = &thread;
+  threadIdx = thread.at;
+  ++state.switches;
+}
+
+// Leaves the fiber that runs for the next that can.
+void run_next(void** save) {
+  if (ready.empty()) {
+    if (live_threads() == 0) {
+      switch_to(save, host_stack_pointer);
+    } else {
+      report_deadlock();
+    }
+  }
+  Thread& next = state.threads[ready.pop()];
+  if (&next == current) return;
+  run(next);
+  switch_to(save, next.stack_pointer);
+}
+
+void enter() {
+  state.body(state.context);
+  current->wait = Wait::exited;
+  current->waits_in = "";
+  thread_exited(*current);
+  run_next(&current->stack_pointer);
+}
+
+void run_block() {
+  const dim3 block = state.launch.block;
+  ready.clear();
+  const Time start = advance();
+  state.starts.push_back(start);
+  state.block_start = start;
+  Clock* clock = new_clock(nullptr);
+  for (int i = 0; i < state.num_threads; ++i) clock->of[i] = start - 1;  // others are ordered with nothing yet
+  for (int i = 0; i < state.num_threads; ++i) {
+    Thread& thread = state.threads[i];
+    thread.index = i;
+    thread.at = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    thread.time = start;
+    set_clock(thread, clock);
+    thread.wait = Wait::nothing;
+    thread.copies.clear();
+    thread.groups.clear();
+    thread.stack_pointer = new_fiber(stack_of(i), enter);
+    ready.push(i);
+  }
+  begin_block_memory();
+  begin_block_synchronisation();
+  Thread& first = state.threads[ready.pop()];
+  run(first);
+  in_kernel = true;
+  switch_to(&host_stack_pointer, first.stack_pointer);
+  in_kernel = false;
+}
+
+void check_launch(const Launch& launch) {
+  const auto refuse = [](const char* what) { throw std::runtime_error(std::string("simt: a launch with ") + what); };
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  if (threads == 0 || threads > kMaxThreads || block.z > 64) refuse("a block of 0 or more than 1024 threads");
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("a grid beyond (2^31 - 1, 65535, 65535)");
+  if (launch.shared_bytes > kMaxShared) refuse("more shared memory than a block can have");
+}
+
+}  // namespace
+
+void wait(Thread& thread, Wait kind, Code code, const char* name) {
+  thread.wait = kind;
+  thread.code = code;
+  thread.waits_in = name;
+  run_next(&thread.stack_pointer);
+}
+
+void wake(Thread& thread) {
+  thread.wait = Wait::nothing;
+  ready.push(thread.index);
+}
+
+void yield(Thread& thread) { run_next(&thread.stack_pointer); }
+
+void stop(Report finding) {
+  report(std::move(finding));
+  state.aborted = true;
+  void* abandoned = nullptr;
+#ifndef __x86_64__
+  static ucontext_t nowhere;
+  abandoned = &nowhere;
+#endif
+  switch_to(&abandoned, host_stack_pointer);
+  __builtin_unreachable();
+}
+
+void set_seed(int64_t seed) {
+  generator.seed(static_cast<uint32_t>(seed) + 1);
+  ready.random = seed < 0 ? nullptr : &generator;
+}
+
+std::map<std::string, uint64_t> counters() {
+  return {{"launches", state.launches}, {"switches", state.switches}, {"accesses", state.accesses}};
+}
+
+Call::Call() {
+  one_at_a_time.lock();
+  forget_memory();
+}
+Call::~Call() {
+  forget_memory();
+  one_at_a_time.unlock();
+}
+
+void launch(const Launch& what, void (*body)(void*), void* context) {
+  const std::lock_guard lock(one_at_a_time);
+  check_launch(what);
+  make_stacks();
+  const auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  free_memory[0] = {reinterpret_cast<uintptr_t>(stacks), (kStack + kGuard) * kMaxThreads};
+  free_memory[1] = {frame, end_of_host_stack() - frame};
+  reports.clear();
+  state.launch = what;
+  state.body = body;
+  state.context = context;
+  state.num_threads = static_cast<int>(what.block.x * what.block.y * what.block.z);
+  state.threads.resize(kMaxThreads);
+  state.starts.clear();
+  state.aborted = false;
+  blockDim = {what.block.x, what.block.y, what.block.z};
+  gridDim = {what.grid.x, what.grid.y, what.grid.z};
+  begin_launch_memory();
+  state.launch_start = state.counter + 1;
+  ++state.launches;
+  for (unsigned z = 0; z < what.grid.z; ++z) {
+    for (unsigned y = 0; y < what.grid.y; ++y) {
+      for (unsigned x = 0; x < what.grid.x && !state.aborted; ++x) {
+        blockIdx = {x, y, z};
+        state.block = (int64_t{z} * what.grid.y + y) * what.grid.x + x;
+        run_block();
+      }
+    }
+  }
+  in_kernel = false;
+  findings = explain(reports);
+  if (!findings.empty()) throw std::runtime_error(describe(findings));
+}
+
+}  // namespace simt

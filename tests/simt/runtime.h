@@ -1,0 +1,170 @@
+// How the emulator works, and what its files share.
+//
+// A launch runs its blocks one after the other, every thread of a block as a fiber, which runs until it waits. The
+// kernels' files are compiled with -fsanitize=thread but linked without its library: the hooks it calls at each access
+// (memory.cpp) are ours. They find races by happens-before (FastTrack, Flanagan and Freund, PLDI 2009), so a race is
+// found on whatever schedule runs, as long as both accesses do.
+//
+// Time: one counter that every synchronisation advances. A thread's `time` is the counter's value when it last
+// synchronised; its `clock` has of every thread the latest time it is ordered after. An access at `time` of thread u is
+// ordered before what thread t does now if t's clock[u] >= time. Clocks are shared and never changed: a barrier makes
+// one new clock for all that waited there.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#define FASTFORMER_SIMT_RUNTIME
+#include "simt.h"
+
+namespace simt {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kWarp = 32;
+
+using Time = uint32_t;
+using Code = uint32_t;  // a code address, as an offset into this library
+
+struct Clock {
+  int references;
+  Time of[kMaxThreads];  // as many as the block has threads
+};
+
+enum class Kind : uint8_t {
+  race,
+  out_of_bounds,
+  read_only,
+  misaligned,
+  uninitialised,
+  copy_under_way,
+  deadlock,
+  divergence,
+  bad_call,
+  trap,
+};
+
+// What a report says of one of the two sides.
+struct Side {
+  int64_t block = -1;  // -1: there is no such side
+  int thread = -1;
+  Code code = 0;
+  const char* did = "";
+};
+struct Report {
+  Kind kind;
+  Side now = {}, before = {};
+  uintptr_t address = 0;
+  int bytes = 0;
+  std::string text = {};
+  std::vector<std::pair<std::string, Code>> notes = {};  // lines below it, each with a place in the source
+};
+
+enum class Wait : uint8_t { nothing, block, warp, barrier, exited };
+
+struct Copy {
+  char* to;
+  const char* from;
+  int bytes;
+  bool valid;
+  Code code;
+};
+
+struct Thread {
+  void* stack_pointer;
+  Clock* clock;
+  Time time;
+  int index;
+  uint3 at;
+  Wait wait;
+  Code code;                   // where it waits
+  const char* waits_in;        // "in " a function
+  int barrier;                 // the number of the one it waits in
+  void* operand;               // of a warp's operation
+  std::vector<Copy> copies;    // cp.async's under way, oldest first
+  std::vector<size_t> groups;  // how many copies each committed group has
+};
+
+// What runs. Only the thread of the host that launches sees it.
+struct State {
+  Launch launch;
+  void (*body)(void*);
+  void* context;
+  int num_threads = 0;
+  int64_t block = 0;  // its number in the grid
+  Time counter = 0;
+  Time launch_start = 0, block_start = 0;
+  std::vector<Thread> threads;
+  std::vector<Time> starts;  // of each block
+  bool aborted = false;
+  uint64_t launches = 0, accesses = 0, switches = 0;
+};
+extern State state;
+extern Thread* current;
+
+// What kernels may touch unwatched: the fibers' stacks, and the host's around the launch, with the kernel's arguments.
+struct Memory {
+  uintptr_t begin;
+  size_t bytes;
+};
+extern std::array<Memory, 2> free_memory;
+inline bool is_free(uintptr_t address) {
+  return address - free_memory[0].begin < free_memory[0].bytes || address - free_memory[1].begin < free_memory[1].bytes;
+}
+
+// Whether this thread of the host is inside a kernel.
+extern __thread bool in_kernel __attribute__((tls_model("initial-exec")));
+
+extern "C" char __ehdr_start __attribute__((visibility("hidden")));  // of this library: the linker's
+extern "C" char _end __attribute__((visibility("hidden")));
+
+inline Code code_of(const void* return_address) {
+  return static_cast<Code>(static_cast<const char*>(return_address) - &__ehdr_start);
+}
+#define FASTFORMER_SIMT_CALLER ::simt::code_of(__builtin_return_address(0))
+
+extern std::vector<Report> reports;  // of the launch that runs
+// A finding; the kernel goes on. Only the first of its kind at a pair of places is kept.
+void report(Report report);
+// A finding after which the kernel can't go on. Threads are left where they are: they own nothing.
+[[noreturn]] void stop(Report report);
+Side side(const Thread& thread, Code code, const char* did);
+
+// What the world sees of a report.
+struct Finding {
+  std::string kind, kernel, text = {}, address = {};
+  int64_t block, thread, other_block, other_thread;
+  std::vector<std::string> lines, other_lines;  // "file:line", the innermost of inlined functions first
+};
+// Reports as findings, and those as one text.
+std::vector<Finding> explain(const std::vector<Report>& reports);
+std::string describe(const std::vector<Finding>& findings);
+extern std::vector<Finding> findings;  // of the last launch
+
+// Fibers (fiber.cpp).
+void wait(Thread& thread, Wait kind, Code code, const char* name);  // until `wake`
+void wake(Thread& thread);
+
+// Clocks.
+Clock* new_clock(const Clock* copy_of);
+void set_clock(Thread& thread, Clock* clock);
+inline Time advance() { return ++state.counter; }
+
+// Operations of a warp: waits until all lanes of `mask` that have not exited are here; the last one calls
+// `finish(lanes, arrived)`.
+using Finish = void (*)(Thread* const* lanes, unsigned arrived);
+void warp_operation(unsigned mask, void* operand, Code code, const char* name, Finish finish);
+
+// Memory (memory.cpp).
+void begin_launch_memory();
+void begin_block_memory();
+// An aligned access of 1, 2, 4, 8 or 16 bytes.
+void access_as(Thread& thread, const void* address, size_t bytes, bool write, Code code);
+// Reports if the 16 bytes of shared memory at `pointer` hold a write that `thread` can't rely on to see.
+void check_sees_shared(Thread& thread, const void* pointer, Code code);
+bool in_shared(const void* pointer);
+void begin_copy(Thread& thread, const Copy& copy);
+void end_copy(Thread& thread, const Copy& copy);
+std::string name_of_address(uintptr_t address);
+
+}  // namespace simt

@@ -1,0 +1,223 @@
+// What is remembered of every byte that kernels write: who wrote it last and who has read it since; and what an access
+// makes of that.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+
+#include "runtime.h"
+
+namespace simt {
+
+constexpr uint16_t kManyReaders = 0xffff;
+constexpr Code kAtomic = 0x80000000u;  // in the code of an access
+
+// The access of one thread; time 0: none.
+struct Mark {
+  Time time;
+  Code code;
+};
+
+// Neighbouring bytes that were always accessed together.
+struct Cell {
+  Mark write, read;  // many readers: read.time is the number of their set
+  uint16_t writer, reader;
+};
+
+// 16 bytes of memory as 1 to 16 cells.
+struct Unit {
+  Time stamp;          // the block (shared memory) or launch (global) that the cells are of
+  Time life;           // the block or call that `written` is of
+  uint16_t written;    // bytes, a bit each
+  uint16_t in_flight;  // bytes that a cp.async under way will write
+  uint8_t shift;       // log2 of a cell's bytes
+  uint8_t sources;     // cp.async's under way that read here
+  Cell cells[16];
+};
+
+// Sets of readers, and of atomic accesses, of a cell: a mark a thread, and one of any thread of another block.
+class Readers {
+ public:
+  void clear() {
+    used_ = 0;
+    free_.clear();
+  }
+  Time add() {
+    Time set;
+    if (free_.empty()) {
+      set = used_++;
+      if (marks_.size() < size_t{used_} * size()) marks_.resize(size_t{used_} * size() * 2);
+      if (bounds_.size() < used_) bounds_.resize(size_t{used_} * 2);
+    } else {
+      set = free_.back();
+      free_.pop_back();
+    }
+    bounds_[set] = {state.num_threads, -1, 0, false};
+    marks_[size_t{set} * size() + state.num_threads] = {};
+    return set;
+  }
+  Time copy(Time of) {
+    const Time set = add();
+    bounds_[set] = bounds_[of];
+    std::copy_n(&marks_[size_t{of} * size()], size(), &marks_[size_t{set} * size()]);
+    return set;
+  }
+  void drop(Time set) { free_.push_back(set); }
+
+  void put(Time set, int thread, Mark mark) {
+    Mark* marks = &marks_[size_t{set} * size()];
+    Bounds& bounds = bounds_[set];
+    if (bounds.last < 0) {
+      marks[thread] = {};
+      bounds.first = bounds.last = thread;
+    }
+    while (thread < bounds.first) marks[--bounds.first] = {};
+    while (thread > bounds.last) marks[++bounds.last] = {};
+    Mark& mine = marks[thread];
+    if (mine.time != 0 && mine.time < state.block_start) put_foreign(set, thread, mine);
+    bounds.atomics |= (mark.code & kAtomic) != 0;
+    // An atomic access is harder to be ordered with than a read, so it stays.
+    if (mine.time == mark.time && (mine.code & kAtomic) != 0) return;
+    mine = mark;
+  }
+  // A mark of another block.
+  void put_foreign(Time set, int thread, Mark mark) {
+    marks_[size_t{set} * size() + state.num_threads] = mark;
+    bounds_[set].foreign = thread;
+    bounds_[set].atomics |= (mark.code & kAtomic) != 0;
+  }
+  bool atomics(Time set) const { return bounds_[set].atomics; }
+  // Calls each(thread, mark).
+  template <typename Each>
+  void for_each(Time set, Each each) {
+    const Bounds bounds = bounds_[set];
+    const Mark* marks = &marks_[size_t{set} * size()];
+    for (int i = bounds.first; i <= bounds.last; ++i) {
+      if (marks[i].time != 0) each(i, marks[i]);
+    }
+    if (const Mark mark = marks[state.num_threads]; mark.time != 0) each(bounds.foreign, mark);
+  }
+
+ private:
+  struct Bounds {
+    int first, last;  // threads that have marks
+    int foreign;      // the thread of the mark of another block
+    bool atomics;
+  };
+  size_t size() const { return state.num_threads + 1; }
+  std::vector<Mark> marks_;
+  std::vector<Bounds> bounds_;
+  std::vector<Time> free_;
+  Time used_ = 0;
+};
+
+enum class Doing { read, write, atomic };
+
+inline const char* past(Doing doing) {
+  return doing == Doing::read ? "read" : doing == Doing::write ? "wrote" : "changed atomically";
+}
+
+void report_race(const Thread& me, Doing doing, Code code, uintptr_t address, int bytes, int thread, Mark mark,
+                 const char* did);
+
+// Whether what `mark` says is ordered before what `me` does now.
+inline bool ordered(const Thread& me, int thread, Mark mark) {
+  if (mark.time == 0) return true;
+  return mark.time >= state.block_start && (thread == me.index || mark.time <= me.clock->of[thread]);
+}
+
+// How memory is accessed, and by whom.
+struct Touch {
+  Thread& me;
+  Doing doing;
+  Code code;
+  Readers& readers;
+};
+
+inline void touch(const Touch& how, Cell& cell, uintptr_t address, int bytes) {
+  Thread& me = how.me;
+  const Mark mine{me.time, how.doing == Doing::atomic ? how.code | kAtomic : how.code};
+  if (how.doing == Doing::read && cell.reader == me.index && cell.read.time == me.time) return;
+  const auto against = [&](int thread, Mark mark, const char* did) {
+    if (!ordered(me, thread, mark)) {
+      report_race(me, how.doing, how.code, address, bytes, thread, mark, did);
+    }
+  };
+  against(cell.writer, cell.write, "wrote");
+  const bool many = cell.reader == kManyReaders && cell.read.time != 0;
+  const Time set = cell.read.time - 1;
+  if (how.doing == Doing::write) {
+    if (many) {
+      how.readers.for_each(set, [&](int thread, Mark mark) { against(thread, mark, "read"); });
+      how.readers.drop(set);
+    } else {
+      against(cell.reader, cell.read, "read");
+    }
+    cell.write = mine;
+    cell.writer = static_cast<uint16_t>(me.index);
+    cell.read = {};
+    cell.reader = 0;
+    return;
+  }
+  if (many) {
+    if (how.doing == Doing::atomic || how.readers.atomics(set)) {
+      how.readers.for_each(set, [&](int thread, Mark mark) {
+        if (((mark.code & kAtomic) != 0) != (how.doing == Doing::atomic)) against(thread, mark, "read");
+      });
+    }
+    how.readers.put(set, me.index, mine);
+    return;
+  }
+  if (how.doing == Doing::read && (cell.read.time == 0 || ordered(me, cell.reader, cell.read))) {
+    cell.read = mine;
+    cell.reader = static_cast<uint16_t>(me.index);
+    return;
+  }
+  if (how.doing == Doing::atomic) against(cell.reader, cell.read, "read");
+  const Time added = how.readers.add();
+  if (cell.read.time >= state.block_start) {
+    how.readers.put(added, cell.reader, cell.read);
+  } else if (cell.read.time != 0) {
+    how.readers.put_foreign(added, cell.reader, cell.read);
+  }
+  how.readers.put(added, me.index, mine);
+  cell.read = {added + 1, 0};
+  cell.reader = kManyReaders;
+}
+
+// Makes every cell of `unit` as small as 1 << shift bytes.
+[[gnu::noinline]] inline void split(Unit& unit, int shift, Readers& readers) {
+  const int factor = 1 << (unit.shift - shift);
+  for (int i = (16 >> unit.shift) - 1; i >= 0; --i) {
+    const Cell cell = unit.cells[i];
+    for (int k = factor - 1; k >= 0; --k) {
+      Cell& part = unit.cells[i * factor + k];
+      part = cell;
+      if (k > 0 && cell.reader == kManyReaders && cell.read.time != 0) {
+        part.read.time = readers.copy(cell.read.time - 1) + 1;
+      }
+    }
+  }
+  unit.shift = static_cast<uint8_t>(shift);
+}
+
+// `count` bytes from byte `offset` of the unit, which lies at `base`.
+inline void touch_unit(const Touch& how, Unit& unit, Time stamp, uintptr_t base, int offset, int count) {
+  const int shift = std::countr_zero(static_cast<unsigned>(offset | count));
+  if (unit.stamp != stamp) {
+    unit.stamp = stamp;
+    unit.shift = static_cast<uint8_t>(shift);
+    unit.in_flight = 0;
+    unit.sources = 0;
+    std::memset(unit.cells, 0, sizeof(Cell) * (16 >> shift));
+  } else if (unit.shift > shift) {
+    split(unit, shift, how.readers);
+  }
+  const int last = (offset + count - 1) >> unit.shift;
+  for (int i = offset >> unit.shift; i <= last; ++i) {
+    touch(how, unit.cells[i], base + (i << unit.shift), 1 << unit.shift);
+  }
+  if (count == 16 && how.doing == Doing::write) unit.shift = 4;  // all its cells are the same now
+}
+
+}  // namespace simt

@@ -1,0 +1,370 @@
+// Barriers, operations of a warp, and what happens when they don't fit together.
+#include <algorithm>
+#include <map>
+
+#include "runtime.h"
+#include "schedule.h"
+#include "simt_ptx.h"
+
+namespace simt {
+namespace {
+
+struct Group {
+  unsigned mask, arrived;
+  Finish finish;
+  Code code;
+  int first;  // thread
+  const char* name;
+};
+struct Warp {
+  unsigned live;
+  int num_groups;
+  Group groups[kWarp];  // of disjoint masks
+};
+struct Barrier {
+  int expected, arrived;
+  Clock* clock;         // what all that came were ordered after
+  const Clock* joined;  // the last that went into it
+  std::vector<int> waiting;
+};
+
+Warp warps[kMaxThreads / kWarp];
+Barrier barriers[16];
+int num_live, num_exited, num_waiting, last_exited;
+int first_waiting;
+std::vector<Clock*> free_clocks;
+
+void join(Clock* into, const Clock* other) {
+  for (int i = 0; i < state.num_threads; ++i) into->of[i] = std::max(into->of[i], other->of[i]);
+}
+
+void release(Clock* clock) {
+  if (clock != nullptr && --clock->references == 0) free_clocks.push_back(clock);
+}
+
+[[noreturn]] void stop_at(Kind kind, Code code, const char* did, std::string text) {
+  Report finding{.kind = kind, .now = side(*current, code, did)};
+  finding.text = std::move(text);
+  stop(std::move(finding));
+}
+
+void different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name) {
+  Report finding{.kind = Kind::divergence, .now = side(me, code, name), .before = side(other, other_code, name)};
+  finding.text = "threads that should meet wait at different places";
+  report(std::move(finding));
+}
+
+void run_group(Warp& warp, int index, Thread* lanes) {
+  const Group group = warp.groups[index];
+  warp.groups[index] = warp.groups[--warp.num_groups];
+  Thread* of_lane[kWarp];
+  for (int i = 0; i < kWarp; ++i) of_lane[i] = lanes + i;
+  group.finish(of_lane, group.arrived);
+  for (int i = 0; i < kWarp; ++i) {
+    if (group.arrived >> i & 1) wake(lanes[i]);
+  }
+}
+
+bool complete(const Warp& warp, const Group& group) { return group.arrived == (group.mask & warp.live); }
+
+Thread* lanes_of(const Thread& thread) { return &state.threads[thread.index / kWarp * kWarp]; }
+
+// Returns whether `thread` was the last.
+bool arrive(Barrier& barrier, Thread& thread, int number, int threads, Code code, const char* name) {
+  if (number < 1 || number > 15) stop_at(Kind::bad_call, code, name, "barriers are numbered 1 to 15");
+  if (threads <= 0 || threads % kWarp != 0 || threads > state.num_threads) {
+    stop_at(Kind::bad_call, code, name, "the number of threads must be a multiple of 32, at most the block's");
+  }
+  if (barrier.arrived == 0) {
+    barrier.expected = threads;
+    barrier.clock = new_clock(thread.clock);
+    barrier.clock->references = 1;
+  } else if (barrier.expected != threads) {
+    stop_at(Kind::bad_call, code, name,
+            "barrier " + std::to_string(number) + " was for " + std::to_string(barrier.expected) +
+                " threads to those that came before, and is for " + std::to_string(threads) + " here");
+  }
+  if (barrier.joined != thread.clock) join(barrier.clock, thread.clock);
+  barrier.joined = thread.clock;
+  barrier.clock->of[thread.index] = std::max(barrier.clock->of[thread.index], thread.time);
+  return ++barrier.arrived == barrier.expected;
+}
+
+void open(Barrier& barrier) {
+  const Time now = advance();
+  std::sort(barrier.waiting.begin(), barrier.waiting.end());
+  for (int i : barrier.waiting) {
+    Thread& thread = state.threads[i];
+    set_clock(thread, barrier.clock);
+    thread.time = now;
+    wake(thread);
+  }
+  barrier.waiting.clear();
+  barrier.arrived = 0;
+  barrier.joined = nullptr;
+  release(barrier.clock);
+  barrier.clock = nullptr;
+}
+
+}  // namespace
+
+Clock* new_clock(const Clock* copy_of) {
+  Clock* clock;
+  if (free_clocks.empty()) {
+    clock = new Clock;
+  } else {
+    clock = free_clocks.back();
+    free_clocks.pop_back();
+  }
+  clock->references = 0;
+  if (copy_of != nullptr) std::copy_n(copy_of->of, state.num_threads, clock->of);
+  return clock;
+}
+
+void set_clock(Thread& thread, Clock* clock) {
+  ++clock->references;
+  release(thread.clock);
+  thread.clock = clock;
+}
+
+void begin_block_synchronisation() {
+  num_live = state.num_threads;
+  num_exited = num_waiting = 0;
+  for (int i = 0; i * kWarp < state.num_threads; ++i) {
+    const int lanes = std::min(kWarp, state.num_threads - i * kWarp);
+    warps[i].live = lanes == kWarp ? ~0u : (1u << lanes) - 1;
+    warps[i].num_groups = 0;
+  }
+  for (Barrier& barrier : barriers) {
+    release(barrier.clock);
+    barrier.clock = nullptr;
+    barrier.joined = nullptr;
+    barrier.arrived = 0;
+    barrier.waiting.clear();
+  }
+}
+
+int live_threads() { return num_live; }
+
+void thread_exited(Thread& thread) {
+  --num_live;
+  ++num_exited;
+  last_exited = thread.index;
+  Warp& warp = warps[thread.index / kWarp];
+  const unsigned bit = 1u << thread.index % kWarp;
+  warp.live &= ~bit;
+  if (num_waiting > 0) {
+    const Thread& other = state.threads[first_waiting];
+    Report finding{.kind = Kind::divergence, .now = side(other, other.code, "in __syncthreads")};
+    finding.text = "thread " + std::to_string(thread.index) + " has ended while others wait for it";
+    stop(std::move(finding));
+  }
+  for (int i = 0; i < warp.num_groups; ++i) {
+    const Group& group = warp.groups[i];
+    if ((group.mask & bit) != 0 && complete(warp, group)) return run_group(warp, i, lanes_of(thread));
+  }
+}
+
+void report_deadlock() {
+  std::map<std::pair<Code, std::string>, std::vector<int>> waiting;
+  for (int i = 0; i < state.num_threads; ++i) {
+    const Thread& thread = state.threads[i];
+    if (thread.wait == Wait::exited) continue;
+    std::string what = thread.waits_in;
+    if (thread.wait == Wait::barrier) what += " of barrier " + std::to_string(thread.barrier);
+    waiting[{thread.code, what}].push_back(i);
+  }
+  Report finding{.kind = Kind::deadlock, .now = side(*current, current->code, current->waits_in)};
+  finding.text = std::to_string(num_live) + " threads wait, " + std::to_string(num_exited) + " have ended";
+  for (const auto& [key, threads] : waiting) {
+    std::string who;
+    for (size_t i = 0; i < threads.size();) {
+      size_t end = i + 1;
+      while (end < threads.size() && threads[end] == threads[end - 1] + 1) ++end;
+      if (!who.empty()) who += ", ";
+      who += std::to_string(threads[i]);
+      if (end > i + 1) who += "-" + std::to_string(threads[end - 1]);
+      i = end;
+    }
+    finding.notes.emplace_back("threads " + who + " wait " + key.second, key.first);
+  }
+  if (current->wait == Wait::exited && !waiting.empty()) {
+    const auto& [key, threads] = *waiting.begin();
+    finding.now = side(state.threads[threads[0]], key.first, state.threads[threads[0]].waits_in);
+  }
+  stop(std::move(finding));
+}
+
+void warp_operation(unsigned mask, void* operand, Code code, const char* name, Finish finish) {
+  Thread& me = *current;
+  Warp& warp = warps[me.index / kWarp];
+  const unsigned bit = 1u << me.index % kWarp;
+  Thread* lanes = lanes_of(me);
+  if ((mask & bit) == 0) stop_at(Kind::bad_call, code, name, "the lane is not in its own mask");
+  me.operand = operand;
+  me.code = code;
+  int index = 0;
+  while (index < warp.num_groups && (warp.groups[index].mask & mask) == 0) ++index;
+  if (index == warp.num_groups) {
+    warp.groups[warp.num_groups++] = {mask, bit, finish, code, me.index, name};
+  } else {
+    Group& group = warp.groups[index];
+    const Thread& first = state.threads[group.first];
+    if (group.mask != mask || group.finish != finish) {
+      Report finding{
+          .kind = Kind::divergence, .now = side(me, code, name), .before = side(first, group.code, group.name)};
+      finding.text = "lanes of a warp that should meet call different functions or name different masks";
+      stop(std::move(finding));
+    }
+    if (group.code != code) different_places(me, code, first, group.code, name);
+    group.arrived |= bit;
+  }
+  if (complete(warp, warp.groups[index])) {
+    run_group(warp, index, lanes);
+    yield(me);
+  } else {
+    wait(me, Wait::warp, code, name);
+  }
+}
+
+void sync_threads() {
+  Thread& me = *current;
+  const Code code = FASTFORMER_SIMT_CALLER;
+  if (num_exited > 0) {
+    stop_at(Kind::divergence, code, "in __syncthreads",
+            "thread " + std::to_string(last_exited) + " has ended while others wait for it");
+  }
+  if (num_waiting == 0) {
+    first_waiting = me.index;
+  } else if (const Thread& first = state.threads[first_waiting]; first.code != code) {
+    different_places(me, code, first, first.code, "in __syncthreads");
+  }
+  if (++num_waiting < state.num_threads) return wait(me, Wait::block, code, "in __syncthreads");
+  num_waiting = 0;
+  const Time now = advance();
+  Clock* clock = new_clock(nullptr);
+  for (int i = 0; i < state.num_threads; ++i) {
+    Thread& thread = state.threads[i];
+    clock->of[i] = thread.time;
+    thread.time = now;
+  }
+  for (int i = 0; i < state.num_threads; ++i) {
+    set_clock(state.threads[i], clock);
+    wake(state.threads[i]);
+  }
+  yield(me);
+}
+
+void sync_warp(unsigned mask) {
+  warp_operation(mask, nullptr, FASTFORMER_SIMT_CALLER, "in __syncwarp", [](Thread* const* lanes, unsigned arrived) {
+    Clock* clock = nullptr;
+    const Clock* last = nullptr;
+    for (int i = 0; i < kWarp; ++i) {
+      if ((arrived >> i & 1) == 0) continue;
+      if (clock == nullptr) {
+        clock = new_clock(lanes[i]->clock);
+      } else if (lanes[i]->clock != last) {
+        join(clock, lanes[i]->clock);
+      }
+      last = lanes[i]->clock;
+    }
+    const Time now = advance();
+    for (int i = 0; i < kWarp; ++i) {
+      if ((arrived >> i & 1) == 0) continue;
+      clock->of[lanes[i]->index] = lanes[i]->time;
+      lanes[i]->time = now;
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      if (arrived >> i & 1) set_clock(*lanes[i], clock);
+    }
+  });
+}
+
+namespace {
+struct Shuffled {
+  Shuffle kind;
+  uint64_t value, result;
+  int lane, width;
+};
+}  // namespace
+
+uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int lane, int width) {
+  const Code code = FASTFORMER_SIMT_CALLER;
+  if (width < 1 || width > kWarp || (width & (width - 1)) != 0) {
+    stop_at(Kind::bad_call, code, "in a shuffle", "the width must be a power of two up to 32");
+  }
+  Shuffled mine{kind, value, value, lane, width};
+  warp_operation(mask, &mine, code, "in a shuffle", [](Thread* const* lanes, unsigned arrived) {
+    for (int i = 0; i < kWarp; ++i) {
+      if ((arrived >> i & 1) == 0) continue;
+      auto& mine = *static_cast<Shuffled*>(lanes[i]->operand);
+      const int first = i & ~(mine.width - 1);
+      int from = i;
+      switch (mine.kind) {
+        case Shuffle::index:
+          from = first + (mine.lane & (mine.width - 1));
+          break;
+        case Shuffle::up:
+          from = i - mine.lane < first ? i : i - mine.lane;
+          break;
+        case Shuffle::down:
+          from = i + mine.lane >= first + mine.width ? i : i + mine.lane;
+          break;
+        case Shuffle::xor_:
+          from = (i ^ mine.lane) >= first + mine.width || (i ^ mine.lane) < 0 ? i : i ^ mine.lane;
+          break;
+      }
+      if ((arrived >> from & 1) == 0) {
+        Report finding{.kind = Kind::divergence, .now = side(*lanes[i], lanes[i]->code, "in a shuffle")};
+        finding.text = "it asks lane " + std::to_string(from) + ", which has ended or is not in the mask";
+        report(std::move(finding));
+        continue;
+      }
+      mine.result = static_cast<const Shuffled*>(lanes[from]->operand)->value;
+    }
+  });
+  return mine.result;
+}
+
+unsigned ballot(unsigned mask, bool vote) {
+  struct Vote {
+    bool vote;
+    unsigned result;
+  } mine{vote, 0};
+  warp_operation(mask, &mine, FASTFORMER_SIMT_CALLER, "in a vote", [](Thread* const* lanes, unsigned arrived) {
+    unsigned votes = 0;
+    for (int i = 0; i < kWarp; ++i) {
+      if ((arrived >> i & 1) != 0 && static_cast<Vote*>(lanes[i]->operand)->vote) votes |= 1u << i;
+    }
+    for (int i = 0; i < kWarp; ++i) {
+      if (arrived >> i & 1) static_cast<Vote*>(lanes[i]->operand)->result = votes;
+    }
+  });
+  return mine.result;
+}
+
+unsigned active_mask() { return warps[current->index / kWarp].live; }
+
+void trap() { stop_at(Kind::trap, FASTFORMER_SIMT_CALLER, "in __trap", "the kernel gave up"); }
+
+void barrier_sync(int number, int threads) {
+  const Code code = FASTFORMER_SIMT_CALLER;
+  Thread& me = *current;
+  Barrier& barrier = barriers[number & 15];
+  me.barrier = number;
+  const bool last = arrive(barrier, me, number, threads, code, "in barrier_sync");
+  barrier.waiting.push_back(me.index);
+  if (!last) return wait(me, Wait::barrier, code, "in barrier_sync");
+  open(barrier);
+  yield(me);
+}
+
+void barrier_arrive(int number, int threads) {
+  Thread& me = *current;
+  Barrier& barrier = barriers[number & 15];
+  const bool last = arrive(barrier, me, number, threads, FASTFORMER_SIMT_CALLER, "in barrier_arrive");
+  me.time = advance();
+  if (last) open(barrier);
+}
+
+}  // namespace simt
