@@ -7,9 +7,10 @@ VENV := $(CURDIR)/.venv
 endif
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.fastformer-ready
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATOR := $(shell find tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: build bench test lint fuzz wheel compile-matrix readme-table clean
+.PHONY: build bench test lint fuzz simt gpu wheel compile-matrix readme-table clean
 
 build: $(READY) fastformer/lib/.built
 
@@ -36,11 +37,20 @@ test: lint build
 lint: $(READY)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(SOURCES) $(EMULATOR)
 
 # A thousand random cases for each property, instead of the twenty of `make test`.
 fuzz: build
 	FASTFORMER_HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -k any_
+
+# The CUDA C++ kernels in the emulator, their threads in twenty random orders.
+simt: build
+	FASTFORMER_SIMT_SCHEDULES=20 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -k "simt or cuda-cpu" tests/test_simt.py \
+		$(foreach name,softmax layer_norm rotary feed_forward linear_cross_entropy,tests/test_$(name).py)
+
+# On a machine with an NVIDIA GPU, without network: tests, compute-sanitizer, benchmarks. See tests/gpu.py.
+gpu:
+	$(or $(wildcard $(PYTHON)),python3) tests/gpu.py
 
 wheel: $(READY)
 	$(PYTHON) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist

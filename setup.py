@@ -1,12 +1,17 @@
-"""Builds the CPU kernels into fastformer/lib/libfastformer_cpu.so with ninja.
+"""Builds the C++ kernels with ninja: fastformer/lib/libfastformer_cpu.so and, with nvcc, libfastformer_cuda.so.
 
-The library is written against torch's stable ABI and is no Python module, so one wheel serves every Python from 3.10
-and every torch from 2.11. Each file of csrc/cpu/kernels/ is compiled once per instruction-set level. Without a C++
-compiler nothing is built, and the package runs on Triton's kernels and torch's own.
+Both are written against torch's stable ABI and are no Python modules, so one wheel serves every Python from 3.10 and
+every torch from 2.11; neither a GPU nor a torch for one is needed. Each file of csrc/cpu/kernels/ is compiled once per
+instruction-set level, each of csrc/cuda/ once for every GPU architecture. Without a C++ compiler nothing is built, and
+the package runs on Triton's kernels and torch's own.
+
+Environment: CXX, CXXFLAGS, MAX_JOBS; CUDA_HOME or CUDA_PATH, NVCC_THREADS, TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX");
+FORCE_CUDA=1 makes it an error if the CUDA kernels can't be built, FORCE_CUDA=0 leaves them out.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+CPU_LIBRARY, CUDA_LIBRARY = "libfastformer_cpu.so", "libfastformer_cuda.so"
 # torch's stable C shim as of 2.11; older fields of it stay in newer releases.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # The headers of the vectors serve kernels that use a part of them; GCC 12 warns inside its own AVX-512 headers.
@@ -25,36 +31,55 @@ QUIET = ["-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET]
 # libgcc stays shared (torch has it loaded): exceptions are thrown here and caught in torch, and two unwinders in one
 # throw abort the process. Only what is used of the static libstdc++ stays, hidden from other libraries.
-LINK_FLAGS = ["-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,--no-undefined", "-Wl,-s"]
+LINK_FLAGS = ["-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+# The CUDA runtime is inside the library, so that it need not be torch's own version.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "-DUSE_CUDA"]
+OLDEST_CUDA = (12, 0)  # the first that knows C++20 and sm_90a
+# Ampere and Hopper, whose special instructions only the code for 9.0a may have; newer GPUs translate the PTX.
+ARCHITECTURES = "8.0+PTX;9.0a"
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ with ninja, incrementally; setuptools only learns where the library is."""
+    """Compiles csrc/ with ninja, incrementally; setuptools only learns where the libraries are."""
 
     def run(self) -> None:
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        nvcc, missing = find_nvcc() if compiler else (None, "there is no C++ compiler")
+        forced = os.environ.get("FORCE_CUDA", "")
+        if forced == "1" and nvcc is None:
+            raise SystemExit(f"fastformer: FORCE_CUDA=1, but {missing}")
         if compiler is None:
             print("fastformer: no C++ compiler found, so the CPU kernels are not built", file=sys.stderr)
             return
         in_source = self.inplace or getattr(self, "editable_mode", False)
-        library = (ROOT if in_source else Path(self.build_lib).resolve()) / "fastformer/lib/libfastformer_cpu.so"
-        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = (ROOT if in_source else Path(self.build_lib).resolve()) / "fastformer/lib"
+        folder.mkdir(parents=True, exist_ok=True)
         work = ROOT / "build" / "ninja"
         work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(ninja_file(compiler, library))
+        rules = cpu_rules(compiler, folder / CPU_LIBRARY)
+        if nvcc is not None and forced != "0":
+            rules += cuda_rules(compiler, nvcc, folder / CUDA_LIBRARY)
+        else:
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build, which would be loaded
+        (work / "build.ninja").write_text("\n".join([*rules, ""]))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run([ninja(), "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)
+        try:
+            subprocess.run([ninja(), "-C", str(work), *(["-j", jobs] if jobs else [])], check=True)
+        except subprocess.CalledProcessError as error:
+            hint = "" if nvcc is None or forced else "; FORCE_CUDA=0 leaves the CUDA kernels out"
+            raise SystemExit(f"fastformer: the kernels could not be compiled{hint}") from error
 
     def get_outputs(self) -> list[str]:
-        library = Path(self.build_lib) / "fastformer/lib/libfastformer_cpu.so"
-        return [str(library)] if library.exists() else []
+        libraries = [Path(self.build_lib) / "fastformer/lib" / name for name in (CPU_LIBRARY, CUDA_LIBRARY)]
+        return [str(library) for library in libraries if library.exists()]
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.suffix in (".cpp", ".h")]
+        suffixes = (".cpp", ".h", ".cu", ".cuh")
+        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.suffix in suffixes]
 
 
 class AbiWheel(bdist_wheel):
@@ -77,12 +102,41 @@ def ninja() -> str:
     return str(Path(BIN_DIR) / "ninja")
 
 
-def ninja_file(compiler: str, library: Path) -> str:
-    """The text of build.ninja: one object per wrapper, one per kernel and level, one library."""
+def find_nvcc() -> tuple[str | None, str]:
+    """The CUDA compiler, or None and why it can't be used. Nothing is asked of torch, whose build may be for CPUs."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))
+    places = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    nvcc = next(filter(None, map(shutil.which, places)), None)
+    if nvcc is None:
+        return None, "nvcc is not in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None or tuple(map(int, release.groups())) < OLDEST_CUDA:
+        return None, f"{nvcc} is older than CUDA {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+    return nvcc, ""
+
+
+def architecture_flags(names: str) -> list[str]:
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST: numbers like 8.0 or 9.0a, each with +PTX or without."""
+    flags = []
+    for name in names.replace(";", " ").split():
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
+        if match is None:
+            raise SystemExit(f"fastformer: TORCH_CUDA_ARCH_LIST has {name!r}, must be like 8.0, 9.0a or 8.0+PTX")
+        number = match[1] + match[2]
+        flags += [
+            f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in ("sm", "compute")[: 2 if match[3] else 1]
+        ]
+    return flags
+
+
+def cpu_rules(compiler: str, library: Path) -> list[str]:
+    """Lines of build.ninja: one object per wrapper, one per kernel and level, one library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     includes = [f"-isystem {path}" for path in include_paths()]
     lib_dirs = [f"-L{path}" for path in library_paths()]
+    link = [*LINK_FLAGS, "-Wl,--no-undefined"]
     rules = [
         f"flags = {' '.join([*CXX_FLAGS, *os.environ.get('CXXFLAGS', '').split()])}",
         "rule cxx",
@@ -90,7 +144,7 @@ def ninja_file(compiler: str, library: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared {' '.join(LINK_FLAGS)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu -ltorch",
+        f"  command = {compiler} -shared {' '.join(link)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu -ltorch",
     ]
     objects = []
 
@@ -103,8 +157,40 @@ def ninja_file(compiler: str, library: Path) -> str:
     for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp")):
         for level, flags in LEVELS.items():
             compile_object(source, f"{level}/{source.stem}", [f"-DFASTFORMER_LEVEL={level}", *flags])
-    rules += [f"build {library}: link {' '.join(objects)}", ""]
-    return "\n".join(rules)
+    return [*rules, f"build {library}: link {' '.join(objects)}"]
+
+
+def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
+    """Lines of build.ninja: one object per file of csrc/cuda, for all architectures, and one library.
+
+    Symbols stay undefined: aoti_torch_get_current_cuda_stream is in a part of torch that a build for CPUs lacks.
+    """
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    flags = [*NVCC_FLAGS, STABLE_ABI, *architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)]
+    flags += [f"-isystem {path}" for path in include_paths()]
+    threads = os.environ.get("NVCC_THREADS")
+    flags += [f"--threads {threads}"] if threads else []
+    link = [flag.replace("-Wl,", "-Xlinker=", 1).replace("--exclude-libs,", "--exclude-libs=") for flag in LINK_FLAGS]
+    link = [flag if flag.startswith("-X") else f"-Xcompiler={flag}" for flag in link]
+    lib_dirs = [f"-L{path}" for path in library_paths()]
+    command = f"{nvcc} -ccbin {compiler.split()[-1]}"
+    rules = [
+        "rule nvcc",
+        f"  command = {command} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link_cuda",
+        f"  command = {command} -shared -cudart static {' '.join(link)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu"
+        " -ltorch -lrt -lpthread -ldl",
+    ]
+    objects = []
+    for source in sorted((CSRC / "cuda").glob("*.c*")):
+        if source.suffix not in (".cu", ".cpp"):
+            continue
+        objects.append(f"cuda/{source.stem}.o")
+        rules.append(f"build {objects[-1]}: nvcc {source}")
+    return [*rules, f"build {library}: link_cuda {' '.join(objects)}"]
 
 
 setup(
@@ -121,7 +207,7 @@ setup(
     ],
     package_data={"fastformer": ["ops.cpp"]},
     include_package_data=False,
-    # No source list: ninja has its own. The name makes setuptools build a platform wheel.
+    # One for both libraries, without a source list: ninja has its own. It makes setuptools build a platform wheel.
     ext_modules=[Extension("fastformer.lib.libfastformer_cpu", sources=[])],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AbiWheel},
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import fastformer
+from fastformer import backends
 
 from . import bench_generation, bench_hugging_face, bench_train_step, machine, report, scaling
 from .harness import Case, Pace, Row, run_case, timer_for
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ImportError: a package that the benchmarks need is missing.
         OSError: the results can't be written there.
-        ValueError: the device is not there.
+        ValueError: the device is not there, or has no such kernels.
     """
     options = _parse(argv)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -51,6 +52,8 @@ def main(argv: list[str]) -> int:
         raise ImportError(f"{', '.join(missing)} not installed: pip install fastformer[bench]")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda is not available")
+    if options.backend and not backends.available(options.backend, options.device):
+        raise ValueError(f"--backend: {options.backend} is not available on {options.device}")
     if options.device == "cuda" and options.suite == "cpu":
         raise ValueError("--device: cuda, must be cpu with --suite cpu")
     picture, data = options.out / "benchmark.png", options.json or options.out / "benchmark.json"
@@ -99,6 +102,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of the operations (both); whole models are float32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=BACKENDS, default=device, help="(%(default)s)")
+    parser.add_argument(
+        "--backend",
+        choices=sorted({*BACKENDS.values(), "cuda"}),
+        help=f"of our kernels ({', '.join(f'{backend} on {kind}' for kind, backend in BACKENDS.items())})",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("benchmark-results"), help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes (DIR/benchmark.json)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -109,7 +117,7 @@ def _run(options: argparse.Namespace) -> report.Results:
     """Everything that was asked for; an interruption keeps what there is."""
     from tqdm import tqdm
 
-    device, backend = torch.device(options.device), BACKENDS[options.device]
+    device, backend = torch.device(options.device), options.backend or BACKENDS[options.device]
     torch.manual_seed(0)
     compiles = not options.no_compile and options.suite != "cpu"
     if options.suite == "full":

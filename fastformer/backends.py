@@ -25,6 +25,11 @@ NAMES = ("auto", "triton", "cuda", "cpu", "torch", "reference")
 #: The instruction-set level of the C++ kernels for the CPU; empty if this installation was built without them.
 CPU_LEVEL = library.load()
 CPU_LIBRARY = bool(CPU_LEVEL)
+#: Why the CUDA C++ kernels are not here; empty if they are.
+CUDA_PROBLEM = library.load_cuda()
+CUDA_LIBRARY = not CUDA_PROBLEM
+#: The device types on which the CUDA C++ kernels run.
+CUDA_DEVICES: set[str] = {"cuda"} if CUDA_LIBRARY else set()
 #: Whether Triton can be imported, and whether it interprets its kernels, which lets them run on CPU tensors.
 TRITON = importlib.util.find_spec("triton") is not None
 TRITON_INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,8 +83,8 @@ EVIDENCE = (
     Measurement("feed_forward_few_rows", _AVX512, (_FP32,), "1.4x to 2.2x", least=(65536, 65536)),
     Measurement("feed_forward_few_rows", _TOP, (_BF16,), "1.0x to 2.7x", least=(16384, 65536)),
     Measurement("feed_forward", _AVX512, (_FP16,), "2.0x to 9x", least=(4096, 0)),
-    Measurement("linear_cross_entropy", _AVX512, (_FP32, _FP16), "1.3x to 9x"),
-    Measurement("linear_cross_entropy", _TOP, (_BF16,), "1.0x to 1.4x"),
+    Measurement("linear_cross_entropy", _AVX512, (_FP32, _FP16), "1.05x to 9x", least=(4096, 4096)),
+    Measurement("linear_cross_entropy", _TOP, (_BF16,), "1.0x to 1.4x", least=(6144, 32768)),
     Measurement("linear_cross_entropy", _AVX2, (_FP32,), "1.1x"),
     Measurement("rotary", _AVX512, (_FP32, _FP16), "1.8x to 3.4x"),
     Measurement("rotary", _TOP, (_BF16,), "1.7x to 3.8x"),
@@ -99,6 +104,50 @@ _Tensor, _is_compiling = torch.Tensor, torch.compiler.is_compiling  # looked up 
 _SMALL = {key: min(row.least) for key, row in FASTER.items()}
 
 
+class Preference(NamedTuple):
+    """Says which of Triton's and CUDA C++'s kernels of an operation runs on a GPU where neither was requested."""
+
+    operation: str
+    kernel: str
+    reason: str
+    from_row_bytes: int = 0  # of the first tensor
+
+
+_NOTHING_TELLS = "neither was measured, and the CUDA C++ kernels have run in an emulator only"
+#: For calls of the raw operators. Published, for softmax and norms on an H100: plain Triton kernels are as fast as the
+#: best up to 64 KB a row, and fall off beyond (QuACK's benchmarks, 2025). Nothing of ours was measured on a GPU yet.
+#: Operations that are not here have no CUDA C++ kernels: attention and linear.
+PREFERENCES = (
+    Preference("softmax", "triton", "published: as fast as the best up to 64 KB a row"),
+    Preference("softmax", "cuda", "published: Triton falls off beyond 64 KB a row", from_row_bytes=65537),
+    Preference("layer_norm", "triton", "published: as fast as the best up to 64 KB a row"),
+    Preference("layer_norm", "cuda", "published: Triton falls off beyond 64 KB a row", from_row_bytes=65537),
+    Preference("rotary", "triton", _NOTHING_TELLS),
+    Preference("feed_forward", "triton", _NOTHING_TELLS),
+    Preference("linear_cross_entropy", "triton", _NOTHING_TELLS),
+)
+#: Compute capability from which on GPUs can run the CUDA C++ kernels.
+OLDEST_GPU = (8, 0)
+#: The operations that have CUDA C++ kernels; forms of them that were measured by themselves go by their names here.
+CUDA_OPERATIONS = {row.operation for row in PREFERENCES}
+_FORMS = {
+    "add_layer_norm": "layer_norm",
+    "rms_norm": "layer_norm",
+    "feed_forward_few_rows": "feed_forward",
+    "linear_few_rows": "linear",
+}
+
+
+def preferred(operation: str, tensor: torch.Tensor) -> str:
+    """``triton`` or ``cuda``, on a GPU that has both, for a raw operator whose first argument is ``tensor``."""
+    row_bytes = tensor.shape[-1:].numel() * tensor.element_size()
+    rows = [row for row in PREFERENCES if row.operation == operation and row_bytes >= row.from_row_bytes]
+    kernel = rows[-1].kernel
+    if kernel == "cuda" and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < OLDEST_GPU:
+        return "triton"
+    return kernel
+
+
 class Choice(NamedTuple):
     kernel: str
     reason: str
@@ -112,7 +161,7 @@ def available(kernel: str, device: str) -> bool:
         return device == "cpu" and CPU_LIBRARY
     if kernel == "triton":
         return TRITON and (device == "cuda" or (device == "cpu" and TRITON_INTERPRETED))
-    return False
+    return kernel == "cuda" and device in CUDA_DEVICES
 
 
 class Explained(Exception):
@@ -161,7 +210,7 @@ def is_small(operation: str, input: object) -> bool:
     """
     if type(input) is not _Tensor or _request != "auto" or explaining or _is_compiling():
         return False
-    return input.numel() < _SMALL.get((operation, input.dtype), 0)
+    return input.is_cpu and input.numel() < _SMALL.get((operation, input.dtype), 0)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -217,6 +266,8 @@ def decide(
     if request != "auto":
         if not available(request, device):
             raise ValueError(f"backend {request!r} can't run {operation} on {device}: {_missing(request, device)}")
+        if request == "cuda" and _FORMS.get(operation, operation) not in CUDA_OPERATIONS:
+            raise ValueError(f"backend 'cuda' can't run {operation}: it has no CUDA C++ kernels")
         if unsupported:
             raise ValueError(f"backend {request!r} can't run {operation}: {unsupported}")
         return Choice(request, "requested")
@@ -244,8 +295,8 @@ def _missing(kernel: str, device: str) -> str:
         return "Triton is not installed"
     if kernel == "triton" and device == "cpu":
         return "Triton runs on the CPU only when TRITON_INTERPRET=1 is set before fastformer is imported"
-    if kernel == "cuda":
-        return "this version has no CUDA C++ kernels"
+    if kernel == "cuda" and device == "cuda":
+        return CUDA_PROBLEM
     return f"{kernel} has no kernels for {device}"
 
 

@@ -198,6 +198,7 @@ def _env(options: argparse.Namespace) -> int:
         "C++ kernels (CPU)": _cpu_library(),
         "GPU": _gpu(),
         "Triton kernels": _triton(),
+        "CUDA kernels": backends.CUDA_PROBLEM or "loaded (all operations but attention and linear)",
         "train, generate": _packages(MODEL_PACKAGES, "models"),
         "bench": _packages(MODEL_PACKAGES + BENCHMARK_PACKAGES, "bench"),
     }

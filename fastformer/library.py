@@ -1,4 +1,4 @@
-"""Loads the compiled kernels, or, where there are none, registers the same schemas from Python."""
+"""Loads the compiled kernels, or, where there are none for the CPU, registers the same schemas from Python."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 _FOLDER = Path(__file__).parent
 _CPU_LIBRARY = _FOLDER / "lib" / "libfastformer_cpu.so"
+_CUDA_LIBRARY = _FOLDER / "lib" / "libfastformer_cuda.so"
 _DEFINITIONS = torch.library.Library("fastformer", "FRAGMENT")
 
 
@@ -23,6 +24,17 @@ def load() -> str:
     for schema in schemas():
         _DEFINITIONS.define(schema)
     return ""
+
+
+def load_cuda() -> str:
+    """Load the CUDA C++ kernels; returns why there are none here, or "" if there are. No GPU is asked for anything."""
+    if not _CUDA_LIBRARY.exists():
+        return "this installation was built without nvcc"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"  # and lacks functions that the library calls
+    torch.ops.load_library(_CUDA_LIBRARY)
+    problem = torch.ops.fastformer.cuda_problem()
+    return f"the CUDA C++ kernels can't run: {problem}" if problem else ""
 
 
 def schemas() -> list[str]:

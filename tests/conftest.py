@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter; that must be asked for before Triton is imported."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -59,3 +60,22 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """FASTFORMER_SIMT_SCHEDULES=20: each test of an operation with CUDA C++ kernels 20 times (`make simt`)."""
+    schedules = int(os.environ.get("FASTFORMER_SIMT_SCHEDULES", "0"))
+    if schedules and hasattr(metafunc.module, "on_kernels"):
+        metafunc.parametrize("_schedule", range(schedules), indirect=True, ids="schedule{}".format)
+
+
+@pytest.fixture(autouse=True)
+def _schedule(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulator's threads run in an order drawn from a seed, or in their own without one."""
+    emulator, seed = sys.modules.get("fastformer_simt"), getattr(request, "param", None)
+    if emulator is None or seed is None:
+        yield
+        return
+    emulator.set_seed(seed)
+    yield
+    emulator.set_seed(None)

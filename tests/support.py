@@ -28,8 +28,8 @@ class Target:
 
     @property
     def slow(self) -> bool:
-        """Triton's interpreter: only small tensors."""
-        return self.backend == "triton" and self.device == "cpu"
+        """Triton's interpreter, or the emulator of the CUDA C++ kernels: only small tensors."""
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
 
 def _targets() -> list[Target]:

@@ -1,5 +1,6 @@
 """The library and the wheel: what they export, what they need, and at which instruction-set levels they run."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -7,8 +8,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import setuptools
 import torch
 from support import needs_library
 
@@ -16,6 +19,8 @@ from fastformer import backends, library
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "fastformer" / "lib" / "libfastformer_cpu.so"
+CUDA_LIBRARY = LIBRARY.with_name("libfastformer_cuda.so")
+needs_cuda_library = pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
@@ -29,18 +34,37 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@needs_library
-def test_needs_only_torchs_c_shim_and_the_c_library() -> None:
-    entries = [line.split() for line in nm("-D", "--undefined-only", str(LIBRARY))]
+@pytest.mark.parametrize(
+    "library",
+    [pytest.param(LIBRARY, marks=needs_library), pytest.param(CUDA_LIBRARY, marks=needs_cuda_library)],
+    ids=str,
+)
+def test_needs_only_torchs_c_shim_and_the_c_library(library: Path) -> None:
+    entries = [line.split() for line in nm("-D", "--undefined-only", str(library))]
     strong = {name for kind, name in entries if kind == "U" and "@GLIBC_" not in name}
     # _Unwind_*: libgcc_s, which torch itself has loaded; see LINK_FLAGS in setup.py.
     assert {name for name in strong if not re.match(r"aoti_torch_|torch_|_Unwind_", name)} == set()
 
 
+@needs_cuda_library
+def test_the_cuda_library_keeps_its_runtime_to_itself() -> None:
+    """Its CUDA runtime must not be taken for torch's, which is another version in the same process."""
+    names = [line.split()[-1] for line in nm("-D", "--defined-only", str(CUDA_LIBRARY))]
+    assert [name for name in names if re.match("(__)?cu(da)?[A-Z]", name) or "fastformer" in name] == []
+
+
+@needs_cuda_library
+def test_the_cuda_library_is_loaded_under_a_cuda_torch_only() -> None:
+    if torch.version.cuda is None:
+        assert f"torch {torch.__version__} was built without CUDA" == backends.CUDA_PROBLEM
+    elif torch.cuda.is_available():
+        assert backends.CUDA_LIBRARY
+
+
 @needs_library
 def test_kernels_share_no_function_between_levels() -> None:
     """A weak symbol compiled with AVX-512 could be the one the linker keeps for the portable level."""
-    objects = sorted((ROOT / "build" / "ninja").glob("*/*.o"))
+    objects = sorted(path for level in LEVELS for path in (ROOT / "build" / "ninja" / level).glob("*.o"))
     assert {path.parent.name for path in objects} >= {"portable"}
     for path in objects:
         weak = [line for line in nm(str(path)) if line.split()[-2] in "WwVvu"]
@@ -128,6 +152,88 @@ def test_installing_without_a_compiler_succeeds_and_says_so(tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.so"))
 
 
+def fake_nvcc(folder: Path, release: str) -> Path:
+    """A CUDA_HOME whose nvcc can only say its version."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module, with none of the caller's settings."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "NVCC_THREADS", "MAX_JOBS", "FORCE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("fastformer_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def planned(setup: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[str]]:
+    """The build.ninja of an installation into a folder, and how ninja would be called."""
+    ninja = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess | None:
+        return subprocess.run(command, **options) if "--version" in command else ninja.extend(command)
+
+    monkeypatch.setattr(setup, "subprocess", SimpleNamespace(run=run, CalledProcessError=subprocess.CalledProcessError))
+    monkeypatch.setattr(setup, "ROOT", folder)
+    command = setup.BuildKernels(setuptools.Distribution())
+    command.build_lib, command.inplace = str(folder / "out"), False
+    command.run()
+    return (folder / "build" / "ninja" / "build.ninja").read_text(), ninja
+
+
+def test_the_environment_says_what_is_built(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", "12.8")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.9;9.0a+PTX")
+    monkeypatch.setenv("NVCC_THREADS", "3")
+    monkeypatch.setenv("MAX_JOBS", "5")
+    text, ninja = planned(setup, tmp_path, monkeypatch)
+    assert ninja[-2:] == ["-j", "5"]
+    (command,) = (line for line in text.splitlines() if "cuda/bin/nvcc" in line and " -c " in line)
+    assert re.findall("-gencode=(\\S+)", command) == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_89,code=sm_89",
+        "arch=compute_90a,code=sm_90a",
+        "arch=compute_90a,code=compute_90a",
+    ]
+    assert "--threads 3" in command
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        assert f"cuda/{source.stem}.o: nvcc {source}" in text
+
+    stale = tmp_path / "out" / "fastformer" / "lib" / "libfastformer_cuda.so"
+    stale.touch()
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    text, _ = planned(setup, tmp_path, monkeypatch)
+    assert "nvcc" not in text and "libfastformer_cpu.so" in text
+    assert not stale.exists()
+
+
+def test_by_default_code_for_ampere_and_hopper_and_ptx_for_later_ones(setup: ModuleType) -> None:
+    flags = setup.architecture_flags(setup.ARCHITECTURES)
+    assert [flag.rpartition("code=")[2] for flag in flags] == ["sm_80", "compute_80", "sm_90a"]
+    with pytest.raises(SystemExit, match=re.escape("has 'Hopper', must be like 8.0, 9.0a or 8.0+PTX")):
+        setup.architecture_flags("8.0;Hopper")
+
+
+def test_force_cuda_makes_a_missing_or_old_nvcc_an_error(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", "11.8")))
+    with pytest.raises(SystemExit, match=r"FORCE_CUDA=1, but .*/cuda/bin/nvcc is older than CUDA 12\.0"):
+        planned(setup, tmp_path, monkeypatch)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="FORCE_CUDA=1, but there is no C\\+\\+ compiler"):
+        planned(setup, tmp_path, monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
@@ -158,8 +264,10 @@ def test_the_wheel_fits_every_python_and_exposes_fastformer_alone(wheel: Path) -
         "fastformer/triton_kernels/softmax.py",
         "fastformer/benchmarks/harness.py",
         *({"fastformer/lib/libfastformer_cpu.so"} if backends.CPU_LIBRARY else ()),
+        *({"fastformer/lib/libfastformer_cuda.so"} if CUDA_LIBRARY.exists() else ()),
     }
     assert wanted <= set(names)
+    assert wheel.stat().st_size < 40_000_000
 
 
 def test_the_installed_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:

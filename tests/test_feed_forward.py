@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
+from support import LAYOUTS, Target, awkward, check, laid_out, tensor
 from torch import Tensor
 
 import fastformer

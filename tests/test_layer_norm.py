@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
+from support import LAYOUTS, Target, awkward, check, laid_out, tensor
 from torch import Tensor
 
 import fastformer
@@ -160,6 +161,20 @@ def test_a_row_does_not_depend_on_its_place(target: Target, affine: str, cols: i
         together = F.layer_norm(x, (cols,), weight, bias)
         alone = torch.cat([F.layer_norm(row, (cols,), weight, bias) for row in x.split(1)])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not backends.CPU_LIBRARY, reason="compares calls of the C++ kernel")
+def test_large_results_are_those_of_small_calls(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, 12288, 784).to(dtype)  # goes past the cache of 32 MiB in either dtype
+    weight, bias = torch.randn(2, 784).to(dtype)
+    with fastformer.backend("cpu"):
+        normed = F.layer_norm(x, (784,), weight, bias)
+        both = F.add_layer_norm(x, residual, (784,), weight, bias)
+        for rows in (slice(0, 64), slice(6100, 6200), slice(12224, 12288)):
+            assert torch.equal(normed[rows], F.layer_norm(x[rows], (784,), weight, bias))
+            small = F.add_layer_norm(x[rows], residual[rows], (784,), weight, bias)
+            assert all(torch.equal(large[rows], part) for large, part in zip(both, small))
 
 
 def test_gradient_of_summed_alone() -> None:

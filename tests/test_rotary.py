@@ -1,8 +1,9 @@
 import pytest
 import torch
+from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
+from support import LAYOUTS, Target, awkward, check, laid_out, tensor
 from torch import Tensor
 
 import fastformer
@@ -26,7 +27,14 @@ def check_rotary(target: Target, query: Tensor, key: Tensor, cos: Tensor, sin: T
 
 
 # B, H, G, S, D, R
-SIZES = [(1, 1, 1, 1, 2, 1), (2, 3, 1, 5, 10, 5), (2, 4, 2, 7, 64, 32), (1, 2, 2, 9, 41, 17), (2, 1, 1, 3, 16, 0)]
+SIZES = [
+    (1, 1, 1, 1, 2, 1),
+    (2, 3, 1, 5, 10, 5),
+    (2, 4, 2, 7, 64, 32),
+    (1, 2, 2, 9, 41, 17),
+    (2, 1, 1, 3, 16, 0),
+    (1, 9, 2, 2, 2080, 1040),
+]
 
 
 @on_targets

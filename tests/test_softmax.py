@@ -2,14 +2,15 @@ import math
 
 import pytest
 import torch
+from cuda_support import CUDA_TARGETS, KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KERNEL_TARGETS, LAYOUTS, Target, awkward, check, laid_out, on_kernels, on_targets, tensor
+from support import LAYOUTS, Target, awkward, check, laid_out, tensor
 from torch import Tensor
 
 import fastformer
 import fastformer.functional as F
-from fastformer import reference
+from fastformer import backends, reference
 
 
 def plain(x: Tensor) -> Tensor:
@@ -54,6 +55,21 @@ def test_layouts(target: Target) -> None:
     check_softmax(target, tensor(target, 1, 40).expand(3, 40))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(not backends.CPU_LIBRARY, reason="compares calls of the C++ kernel")
+def test_large_results_are_those_of_small_calls(dtype: torch.dtype) -> None:
+    x = torch.randn(12288, 784).to(dtype).requires_grad_()  # goes past the cache of 32 MiB in either dtype
+    grad = torch.randn(12288, 784).to(dtype)
+    with fastformer.backend("cpu"):
+        y = plain(x)
+        (dx,) = torch.autograd.grad(y, x, grad)
+        for rows in (slice(0, 64), slice(6100, 6200), slice(12224, 12288)):
+            part = x.detach()[rows].requires_grad_()
+            small = plain(part)
+            assert torch.equal(y[rows], small)
+            assert torch.equal(dx[rows], torch.autograd.grad(small, part, grad[rows])[0])
+
+
 @on_kernels
 def test_a_very_long_row(target: Target) -> None:
     check_softmax(target, tensor(target, 1 if target.slow else 3, 262_144, scale=4.0))
@@ -73,6 +89,22 @@ def test_masks(target: Target, mask_shape: tuple[int, ...], boolean: bool) -> No
 def test_masks_of_wider_rows(target: Target, cols: int, boolean: bool) -> None:
     mask = torch.rand(5, cols, device=target.device) > 0.3 if boolean else tensor(target, 5, cols)
     check_softmax(target, tensor(target, 3, 5, cols), mask, scale=0.5)
+
+
+# Widths on either side of where the CUDA C++ kernels go from 8 lanes to a warp, a block, a loop that keeps the row in
+# shared memory and one that doesn't, in the widest accesses and, if odd, single ones.
+@pytest.mark.parametrize("cols", [128, 131, 264, 1032, 1027, 8200, 16392, 16387, 30008, 60008, 60001, 120_008])
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+def test_every_way_to_hold_a_row(target: Target, cols: int) -> None:
+    x = tensor(target, 3, cols)
+    check_softmax(target, x, is_causal=True)
+    check_softmax(target, x)
+    check_softmax(target, x, torch.rand(3, cols, device=target.device) > 0.3)
+    if cols <= 16392:
+        check_softmax(target, awkward(target, 3, cols), torch.rand(3, 1, device=target.device) > 0.5)
+        check_softmax(target, x, tensor(target, 3, cols), is_causal=True, scale=0.5)
+        check_softmax(target, x, tensor(target, 3, cols).float())
+        check_softmax(target, x, awkward(target, 1, cols))
 
 
 @on_kernels

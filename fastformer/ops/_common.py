@@ -214,49 +214,75 @@ def differentiable_vjp(
 def forwards_backend(ctx: Any) -> AbstractContextManager[None]:
     """For a backward pass the backend that was asked for in its forward pass, kept in ``ctx.backend``.
 
-    Only the interpreter's kernels ask for it. A request holds for the whole process, and backward passes may run in
-    several threads: so nothing is requested where nothing would ask.
+    Operators ask for it that have several kernels for a device. A request holds for the whole process, and backward
+    passes may run in several threads: so nothing is requested where nothing would ask, or where it already is.
     """
-    return backends.backend(ctx.backend) if backends.TRITON_INTERPRETED else contextlib.nullcontext()
+    asked = bool(_KERNELS) and ctx.backend != backends.requested()
+    return backends.backend(ctx.backend) if asked else contextlib.nullcontext()
 
 
 # --- registering
 
+#: (operator, dispatch key) -> its kernels there by their backends' names, where Python chooses among several.
+_KERNELS: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}
+
 
 def register(operation: str, names: Sequence[str], *, triton: bool = True) -> None:
     """Give the operators ``names`` their rule for vmap, and their Triton launchers where the operation has some:
-    functions of the same names in triton_kernels/``operation``.
+    functions of the same names in triton_kernels/``operation``, imported at the first call.
 
-    On CUDA tensors they are the kernels. On CPU tensors they are taken only under Triton's interpreter and on request;
-    otherwise the C++ kernel runs. They are imported at the first call.
+    On CUDA tensors they are the kernels, beside those in CUDA C++ where there are some. On CPU tensors they are taken
+    only under Triton's interpreter and on request; otherwise the C++ kernel runs.
     """
-    module = f"fastformer.triton_kernels.{operation}"
-
-    def launch(name: str) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            return getattr(importlib.import_module(module), name)(*args)
-
-        return run
-
-    def launch_on_request(name: str) -> Callable[..., Any]:
-        compiled = torch.library.get_kernel(f"fastformer::{name}", "CPU") if backends.CPU_LIBRARY else None
-        triton = launch(name)
-
-        def run(keyset: torch.DispatchKeySet, *args: Any) -> Any:
-            if compiled is None or backends.requested() == "triton":
-                return triton(*args)
-            return compiled.call_boxed(keyset, *args)
-
-        return run
-
     for name in names:
         if triton and backends.TRITON:
-            _IMPLEMENTATIONS.impl(name, launch(name), "CUDA")
-        if triton and backends.TRITON_INTERPRETED:
-            with warnings.catch_warnings():  # torch warns that the C++ kernel is being overridden, which is the purpose
-                warnings.simplefilter("ignore")
-                _IMPLEMENTATIONS.impl(name, launch_on_request(name), "CPU", with_keyset=True, allow_override=True)
+            launch = _triton_launcher(operation, name)
+            if backends.CUDA_LIBRARY and operation in backends.CUDA_OPERATIONS:
+                offer(name, "CUDA", "triton", launch)
+            else:
+                _put(name, "CUDA", lambda _keyset, *args, launch=launch: launch(*args))
+            if backends.TRITON_INTERPRETED:
+                offer(name, "CPU", "triton", launch)
         torch.library.register_vmap(f"fastformer::{name}", _loop_over_batch(name))
+
+
+def offer(name: str, key: str, backend: str, run: Callable[..., Any]) -> None:
+    """Make ``run`` one of the kernels of operator ``name`` under a dispatch key, beside the compiled one: it is called
+    when ``backend`` is requested. Without a request for any of them, the CPU's is the compiled one, if there is one."""
+    kernels = _KERNELS.setdefault((name, key), {})
+    if not kernels:
+        _choose_in_python(name, key, kernels)
+    kernels[backend] = run
+
+
+def _choose_in_python(name: str, key: str, kernels: dict[str, Callable[..., Any]]) -> None:
+    """Put a choice by the request among ``kernels`` in the place of the operator's compiled kernel, now one of them."""
+    own, has_own = ("cpu", backends.CPU_LIBRARY) if key == "CPU" else ("cuda", backends.CUDA_LIBRARY)
+    compiled = torch.library.get_kernel(f"fastformer::{name}", key) if has_own else None
+    operation = name.rpartition("_")[0]
+
+    def run(keyset: torch.DispatchKeySet, *args: Any) -> Any:
+        chosen = backends.requested()
+        if chosen != own and chosen not in kernels:
+            chosen = own if key == "CPU" else backends.preferred(operation, args[0])
+        if chosen in kernels:
+            return kernels[chosen](*args)
+        return compiled.call_boxed(keyset, *args) if compiled is not None else next(iter(kernels.values()))(*args)
+
+    _put(name, key, run)
+
+
+def _put(name: str, key: str, run: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():  # torch warns that a compiled kernel is being overridden, which is the purpose
+        warnings.simplefilter("ignore")
+        _IMPLEMENTATIONS.impl(name, run, key, with_keyset=True, allow_override=True)
+
+
+def _triton_launcher(operation: str, name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fastformer.triton_kernels.{operation}"), name)(*args)
+
+    return launch
 
 
 def _loop_over_batch(name: str) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         except _common.CAUGHT:
             pass  # see _common.ordinary
     unsupported = _unsupported(input, weight, bias)
-    if backends.requested() == "triton" and backends.available("triton", weight.device.type):
+    if backends.requested() in ("triton", "cuda") and backends.available(backends.requested(), weight.device.type):
         return torch_functional.linear(input, weight, bias)  # a GPU's library has no such gap to fill
     if not unsupported:
         _check(input, weight, bias)

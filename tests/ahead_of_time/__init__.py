@@ -123,7 +123,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [_cuobjdump(), "--dump-resource-usage", file.name]
+        command = [cuobjdump(), "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return used["REG"], used["STACK"] + used["LOCAL"]
@@ -138,7 +138,7 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 @functools.cache
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     """The program in Triton's wheel; a copy of it where an installer has dropped its permission to run."""
     program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if os.access(program, os.X_OK):
