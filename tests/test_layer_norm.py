@@ -163,6 +163,16 @@ def test_a_row_does_not_depend_on_its_place(target: Target, affine: str, cols: i
     assert torch.equal(together, alone)
 
 
+@on_kernels
+@pytest.mark.parametrize("cols", [7, 768, 1025, 20_000])
+def test_rows_of_equal_values(target: Target, cols: int) -> None:
+    """Whose mean, a sum of many, is rounded by more than they differ."""
+    x = torch.full((2, cols), 1000.123, device=target.device).to(target.dtype)
+    x[1] = -1e-3 / 3
+    with fastformer.backend(target.backend):
+        assert (F.layer_norm(x, (cols,)) == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.skipif(not backends.CPU_LIBRARY, reason="compares calls of the C++ kernel")
 def test_large_results_are_those_of_small_calls(dtype: torch.dtype) -> None:

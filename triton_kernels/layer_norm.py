@@ -107,6 +107,8 @@ def _forward(
         tl.store(summed + row * column_count + columns, centred.to(summed.dtype.element_ty), mask=keep)
     if not RMS:
         row_mean = (tl.sum(centred, 1) / column_count)[:, None]
+        # By how much it was rounded is more than nearly equal values differ.
+        row_mean += (tl.sum(tl.where(keep, centred - row_mean, 0.0), 1) / column_count)[:, None]
         tl.store(mean + row, row_mean, mask=row_exists)
         centred = tl.where(keep, centred - row_mean, 0.0)
     row_rstd = tl.rsqrt(tl.sum(centred * centred, 1) / column_count + eps)[:, None]
@@ -150,6 +152,7 @@ def _forward_looped(
         if not RMS:
             count = tl.minimum(column_count - start, BLOCK).to(tl.float32)
             block_mean = tl.sum(values, 0) / count
+            block_mean += tl.sum(tl.where(keep, values - block_mean, 0.0), 0) / count  # as in _forward
             values = tl.where(keep, values - block_mean, 0.0)
             distance = block_mean - row_mean
             share = count / (start + count)

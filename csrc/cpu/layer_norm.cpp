@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
                                                               const std::optional<Tensor>& bias, double eps, bool rms) {
   STD_TORCH_CHECK(input.dim() >= 1, "input must have at least one dimension");
   const Tensor x = fastformer::as_contiguous(input);
-  const int64_t cols = x.size(x.dim() - 1), rows = cols == 0 ? 0 : x.numel() / cols;
+  const int64_t cols = x.size(x.dim() - 1), rows = rows_of(x, "input");
   check_row_vector(weight, cols, "weight");
   check_row_vector(bias, cols, "bias");
   std::optional<Tensor> r;

@@ -62,6 +62,19 @@ FASTFORMER_DEVICE float squares_around(float centre, const T (&values)[kCount], 
   return squares;
 }
 
+// By how much a mean was rounded, times the number of values: in a row of nearly equal values that is more than they
+// differ ("the corrected two-pass algorithm": Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
+// 1983).
+template <int kPack, typename T, int kCount, int kLanes>
+FASTFORMER_DEVICE float sum_around(float centre, const T (&values)[kCount], int columns, const Team<kLanes>& team) {
+  float total = 0.0f;
+  for_packs<kPack, kCount>(team, columns, [&](int first, int) {
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) total += to_float(values[first + i]) - centre;
+  });
+  return total;
+}
+
 template <int kPack, typename T, typename W, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_normed(const Forward<T, W>& args, const T (&values)[kCount], float mean, float rstd,
                                     int64_t row, int64_t start, int columns, const Team<kLanes>& team) {
@@ -96,7 +109,8 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads) layer_norm_forward_hel
   T values[kHeld<kPack>];
   load_summed<kPack>(values, args, row, 0, columns, team);
   if (args.summed != nullptr) store_row<kPack>(args.summed + row * args.column_count, values, columns, team);
-  const float mean = args.mean == nullptr ? 0.0f : team.sum(sum_of(values)) / count;
+  float mean = args.mean == nullptr ? 0.0f : team.sum(sum_of(values)) / count;
+  if (args.mean != nullptr) mean += team.sum(sum_around<kPack>(mean, values, columns, team)) / count;
   const float squares = team.sum(squares_around<kPack>(mean, values, columns, team));
   const float rstd = rsqrtf(squares / count + args.eps);
   if (columns > 0 && team.rank() == 0) store_statistics(args, row, mean, rstd);
@@ -128,7 +142,8 @@ __global__ void __launch_bounds__(kLargeBlock)
     float count = 0.0f;
     for_packs<kPack, kCount>(team, columns, [&](int, int) { count += kPack; });
     if (count == 0.0f) break;
-    const float mean = args.mean == nullptr ? 0.0f : sum_of(values) / count;
+    float mean = args.mean == nullptr ? 0.0f : sum_of(values) / count;
+    if (args.mean != nullptr) mean += sum_around<kPack>(mean, values, columns, team) / count;
     const float distance = mean - own_mean, share = count / (own_count + count);
     own_mean += distance * share;
     own_squares += distance * distance * own_count * share + squares_around<kPack>(mean, values, columns, team);
@@ -136,7 +151,8 @@ __global__ void __launch_bounds__(kLargeBlock)
   }
   // All threads' likewise, around the mean of them all.
   const float count = static_cast<float>(args.column_count);
-  const float mean = args.mean == nullptr ? 0.0f : team.sum(own_mean * own_count) / count;
+  float mean = args.mean == nullptr ? 0.0f : team.sum(own_mean * own_count) / count;
+  if (args.mean != nullptr) mean += team.sum((own_mean - mean) * own_count) / count;
   const float distance = own_mean - mean;
   const float rstd = rsqrtf(team.sum(own_squares + distance * distance * own_count) / count + args.eps);
   if (team.rank() == 0) store_statistics(args, row, mean, rstd);

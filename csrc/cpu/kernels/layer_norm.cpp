@@ -29,6 +29,8 @@ FASTFORMER_INLINE T* row_of(void* matrix, int64_t row, int64_t cols) {
 }
 
 // Step 0 sums a row, 1 its squares about the mean (sums of squares would cancel where the mean is large), 2 norms it.
+// Step 1 also finds by how much the mean was rounded, which in a row of nearly equal values is more than they differ
+// ("the corrected two-pass algorithm": Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983).
 template <typename T, bool has_residual>
 void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* scratch) {
   constexpr int kReadBytes = has_residual ? kReadAhead / 2 : kReadAhead;
@@ -55,9 +57,9 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
     T* const output = row_of<T>(a.output, row - 2, cols);
     const Pair centre = both(broadcast(mean)), normed_centre = both(broadcast(normed_mean));
     const Pair factor = both(broadcast(rstd));
-    Pair sum = both(zero()), square = both(zero());
+    Pair sum = both(zero()), square = both(zero()), rest = both(zero());
     for (int64_t block = 0; block < cols; block += kSumBlock) {
-      Pair block_sum = both(zero()), block_square = both(zero());
+      Pair block_sum = both(zero()), block_square = both(zero()), block_rest = both(zero());
       for_pairs(block, smaller(cols, block + kSumBlock), [&](int64_t i, int n) FASTFORMER_LAMBDA {
         if (S & 1) {
           fetch<kReadBytes>(input + i);
@@ -76,6 +78,7 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
         if (S & 2) {
           const Pair v = keep(load_pair(centred + i, n) - centre, n, zero());
           block_square = fma(v, v, block_square);
+          block_rest = block_rest + v;
         }
         if (S & 4) {
           if (!stream) fetch<kWriteBytes>(output + i);
@@ -95,16 +98,20 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end, float* 
       });
       sum = sum + block_sum;
       square = square + block_square;
+      rest = rest + block_rest;
     }
     if (S & 2) {
-      normed_mean = mean;
-      rstd = 1.0f / sqrtf(inverse * reduce_add(square.first + square.second) + a.eps);
+      float variance = inverse * reduce_add(square.first + square.second);
+      if (a.mean != nullptr) {
+        const float rounded = inverse * reduce_add(rest.first + rest.second);
+        variance = fmaxf(0.0f, fmaf(-rounded, rounded, variance));
+        normed_mean = mean + rounded;
+        a.mean[row - 1] = normed_mean;
+      }
+      rstd = 1.0f / sqrtf(variance + a.eps);
       a.rstd[row - 1] = rstd;
     }
-    if ((S & 1) && a.mean != nullptr) {
-      mean = inverse * reduce_add(sum.first + sum.second);
-      a.mean[row] = mean;
-    }
+    if ((S & 1) && a.mean != nullptr) mean = inverse * reduce_add(sum.first + sum.second);
   });
   if (stream) end_of_stream();
 }
