@@ -71,7 +71,9 @@ def linear_cross_entropy(
         loss = loss if reduction == "none" else loss.sum()
     else:
         per_row = reduction == "none"
-        scalar_weight, save_grads = (None, False) if per_row else (row_weight, record)
+        # Gradients of a mean are small: in float16 they wait for the factor that a scaled loss brings them.
+        save_grads = record and not per_row and rows.dtype != torch.float16
+        scalar_weight = None if per_row else row_weight
         loss = _forward(record, *arguments, scalar_weight, ignored, label_smoothing, save_grads)[0]
         if per_row and row_weight is not None:
             loss = loss * row_weight
