@@ -40,6 +40,10 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfa
 OLDEST_CUDA = (12, 0)  # the first that knows C++20 and sm_90a
 # Ampere and Hopper, whose special instructions only the code for 9.0a may have; newer GPUs translate the PTX.
 ARCHITECTURES = "8.0+PTX;9.0a"
+OLDEST_ARCHITECTURE = 8
+# What the CUDA library takes from a part of torch that a build for CPUs lacks. A library of that name and with these
+# functions stands in for it in linking: so the real one is found, which torch has loaded for itself alone.
+TORCH_CUDA = ("aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out", "aoti_torch_get_current_cuda_stream")
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
 
@@ -52,19 +56,20 @@ class BuildKernels(build_ext):
         forced = os.environ.get("FORCE_CUDA", "")
         if forced == "1" and nvcc is None:
             raise SystemExit(f"fastformer: FORCE_CUDA=1, but {missing}")
-        if compiler is None:
-            print("fastformer: no C++ compiler found, so the CPU kernels are not built", file=sys.stderr)
-            return
         in_source = self.inplace or getattr(self, "editable_mode", False)
         folder = (ROOT if in_source else Path(self.build_lib).resolve()) / "fastformer/lib"
         folder.mkdir(parents=True, exist_ok=True)
+        if nvcc is None or forced == "0":
+            (folder / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build, which would be loaded
+        if compiler is None:
+            print("fastformer: no C++ compiler found, so the CPU kernels are not built", file=sys.stderr)
+            return
         work = ROOT / "build" / "ninja"
         work.mkdir(parents=True, exist_ok=True)
         rules = cpu_rules(compiler, folder / CPU_LIBRARY)
         if nvcc is not None and forced != "0":
+            (work / "torch_cuda.c").write_text("".join(f"void {name}(void) {{}}\n" for name in TORCH_CUDA))
             rules += cuda_rules(compiler, nvcc, folder / CUDA_LIBRARY)
-        else:
-            (folder / CUDA_LIBRARY).unlink(missing_ok=True)  # of an earlier build, which would be loaded
         (work / "build.ninja").write_text("\n".join([*rules, ""]))
         jobs = os.environ.get("MAX_JOBS")
         try:
@@ -117,16 +122,26 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def architecture_flags(names: str) -> list[str]:
-    """nvcc's flags for a TORCH_CUDA_ARCH_LIST: numbers like 8.0 or 9.0a, each with +PTX or without."""
+    """nvcc's flags for a TORCH_CUDA_ARCH_LIST: numbers like 8.0 or 9.0a, each with +PTX or without.
+
+    Lists for a whole machine room name GPUs older than our kernels are for: those are passed over.
+    """
     flags = []
     for name in names.replace(";", " ").split():
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)
         if match is None:
             raise SystemExit(f"fastformer: TORCH_CUDA_ARCH_LIST has {name!r}, must be like 8.0, 9.0a or 8.0+PTX")
+        if int(match[1]) < OLDEST_ARCHITECTURE:
+            print(
+                f"fastformer: no CUDA kernels for {name}, which is older than {OLDEST_ARCHITECTURE}.0", file=sys.stderr
+            )
+            continue
         number = match[1] + match[2]
         flags += [
             f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in ("sm", "compute")[: 2 if match[3] else 1]
         ]
+    if not flags:
+        raise SystemExit(f"fastformer: TORCH_CUDA_ARCH_LIST is {names!r}, must have {OLDEST_ARCHITECTURE}.0 or later")
     return flags
 
 
@@ -161,28 +176,33 @@ def cpu_rules(compiler: str, library: Path) -> list[str]:
 
 
 def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
-    """Lines of build.ninja: one object per file of csrc/cuda, for all architectures, and one library.
-
-    Symbols stay undefined: aoti_torch_get_current_cuda_stream is in a part of torch that a build for CPUs lacks.
-    """
+    """Lines of build.ninja: one object per file of csrc/cuda, for all architectures, and one library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    flags = [*NVCC_FLAGS, STABLE_ABI, *architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)]
+    flags = [
+        *NVCC_FLAGS,
+        STABLE_ABI,
+        *architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES),
+    ]
     flags += [f"-isystem {path}" for path in include_paths()]
     threads = os.environ.get("NVCC_THREADS")
     flags += [f"--threads {threads}"] if threads else []
-    link = [flag.replace("-Wl,", "-Xlinker=", 1).replace("--exclude-libs,", "--exclude-libs=") for flag in LINK_FLAGS]
+    link = [*LINK_FLAGS, "-Wl,--no-undefined"]
+    link = [flag.replace("-Wl,", "-Xlinker=", 1).replace("--exclude-libs,", "--exclude-libs=") for flag in link]
     link = [flag if flag.startswith("-X") else f"-Xcompiler={flag}" for flag in link]
     lib_dirs = [f"-L{path}" for path in library_paths()]
-    command = f"{nvcc} -ccbin {compiler.split()[-1]}"
+    program = next(word for word in reversed(compiler.split()) if not word.startswith("-"))  # of "ccache g++ -m64"
+    command = f"{nvcc} -ccbin {program}"
     rules = [
         "rule nvcc",
         f"  command = {command} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule stand_in",
+        f"  command = {compiler} -shared -fPIC -x c $in -Wl,-soname,$soname -o $out",
         "rule link_cuda",
         f"  command = {command} -shared -cudart static {' '.join(link)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu"
-        " -ltorch -lrt -lpthread -ldl",
+        " -lrt -lpthread -ldl",
     ]
     objects = []
     for source in sorted((CSRC / "cuda").glob("*.c*")):
@@ -190,7 +210,9 @@ def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
             continue
         objects.append(f"cuda/{source.stem}.o")
         rules.append(f"build {objects[-1]}: nvcc {source}")
-    return [*rules, f"build {library}: link_cuda {' '.join(objects)}"]
+    stand_in = "stand_in/libtorch_cuda.so"
+    rules += [f"build {stand_in}: stand_in torch_cuda.c", "  soname = libtorch_cuda.so"]
+    return [*rules, f"build {library}: link_cuda {' '.join(objects)} {stand_in}"]
 
 
 setup(

@@ -32,7 +32,10 @@ def load_cuda() -> str:
         return "this installation was built without nvcc"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA"  # and lacks functions that the library calls
-    torch.ops.load_library(_CUDA_LIBRARY)
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:  # of what Linux says; the package does without
+        return f"the CUDA C++ kernels can't be loaded: {error}"
     problem = torch.ops.fastformer.cuda_problem()
     return f"the CUDA C++ kernels can't run: {problem}" if problem else ""
 

@@ -61,6 +61,38 @@ def test_the_cuda_library_is_loaded_under_a_cuda_torch_only() -> None:
         assert backends.CUDA_LIBRARY
 
 
+FAKE_DRIVER = """
+#include <stdlib.h>
+int cuDriverGetVersion(int* version) { *version = 99000; return 0; }
+int cuInit(unsigned flags) { abort(); }
+"""
+LOAD_AS_A_CUDA_TORCH_DOES = """
+import ctypes, sys, torch
+import fastformer
+ctypes.CDLL(sys.argv[1])  # as torch has loaded its own: for itself alone
+torch.ops.load_library(sys.argv[2])
+print(repr(torch.ops.fastformer.cuda_problem()))
+"""
+
+
+@needs_cuda_library
+def test_loading_the_cuda_library_finds_torchs_functions_and_leaves_the_driver_asleep(
+    setup: ModuleType, tmp_path: Path
+) -> None:
+    functions = "\n".join(f"void {name}(void) {{}}" for name in setup.TORCH_CUDA)
+    for name, code in (("libtorch_cuda.so", functions), ("libcuda.so.1", FAKE_DRIVER)):
+        command = ["c++", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{name}", "-o", str(tmp_path / name)]
+        subprocess.run(command, input=code, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_AS_A_CUDA_TORCH_DOES, tmp_path / "libtorch_cuda.so", CUDA_LIBRARY],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+    )
+    assert result.stdout == "''\n", result.stderr
+
+
 @needs_library
 def test_kernels_share_no_function_between_levels() -> None:
     """A weak symbol compiled with AVX-512 could be the one the linker keeps for the portable level."""
@@ -219,6 +251,9 @@ def test_by_default_code_for_ampere_and_hopper_and_ptx_for_later_ones(setup: Mod
     assert [flag.rpartition("code=")[2] for flag in flags] == ["sm_80", "compute_80", "sm_90a"]
     with pytest.raises(SystemExit, match=re.escape("has 'Hopper', must be like 8.0, 9.0a or 8.0+PTX")):
         setup.architecture_flags("8.0;Hopper")
+    assert setup.architecture_flags("7.0 7.5+PTX 8.6") == setup.architecture_flags("8.6")
+    with pytest.raises(SystemExit, match=r"is '7\.0', must have 8\.0 or later"):
+        setup.architecture_flags("7.0")
 
 
 def test_force_cuda_makes_a_missing_or_old_nvcc_an_error(
