@@ -82,7 +82,11 @@ T* mutable_pointer(const std::optional<Tensor>& tensor) {
 }
 
 inline Tensor empty_like_sizes(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return new_tensor(like, sizes, dtype);
+  Tensor fresh = new_tensor(like, sizes, dtype);
+#ifdef FASTFORMER_SIMT
+  simt::unwritten(fresh.mutable_data_ptr(), extent_in_bytes(fresh));
+#endif
+  return fresh;
 }
 
 // Calls body.operator()<T>() for the element type.
@@ -102,8 +106,6 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& o
   STD_TORCH_CHECK(tensor.is_cuda() == other.is_cuda() && tensor.get_device_index() == other.get_device_index(), name,
                   " must be on the device of ", other_name);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Contiguous, of the sizes and dtype of `like`.
 inline Tensor empty_of_sizes(const Tensor& like) {

@@ -21,6 +21,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # The hooks of -fsanitize=thread are the emulator's own: nothing is linked with that flag.
 KERNEL_FLAGS = ["-x c++", "-O1", "-g1", "-fsanitize=thread", "-DFASTFORMER_SIMT", "-Wno-unknown-pragmas", f"-I{HERE}"]
+KERNEL_FLAGS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]  # else expanded without hooks
 RUNTIME_FLAGS = ["-O2"]
 
 

@@ -214,8 +214,8 @@ void wake(Thread& thread) {
 void yield(Thread& thread) { run_next(&thread.stack_pointer); }
 
 void stop(Report finding) {
-  report(std::move(finding));
   state.aborted = true;
+  report(std::move(finding));
   void* abandoned = nullptr;
 #ifndef __x86_64__
   static ucontext_t nowhere;
@@ -274,6 +274,7 @@ void launch(const Launch& what, void (*body)(void*), void* context) {
   }
   in_kernel = false;
   findings = explain(reports);
+  if (state.aborted && findings.empty()) throw std::logic_error("simt: a kernel was stopped without a finding");
   if (!findings.empty()) throw std::runtime_error(describe(findings));
 }
 

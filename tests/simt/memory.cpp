@@ -155,7 +155,11 @@ inline void access(Thread& me, uintptr_t address, size_t bytes, Code code) {
         stop(finding_at(read_only != nullptr ? Kind::read_only : Kind::out_of_bounds, me, true, code, address, bytes));
       }
       if (read_only != nullptr) {
-        last_readable = read_only;
+        // Only one that nothing writable lies in: of a read there, nothing more is checked.
+        const bool apart = std::none_of(writable.begin(), writable.end(), [&](const Region& region) {
+          return region.begin < read_only->end && read_only->begin < region.end;
+        });
+        if (apart) last_readable = read_only;
       } else if (!of_host) {
         stop(finding_at(Kind::out_of_bounds, me, false, code, address, bytes));
       }
@@ -368,6 +372,25 @@ void atomic_access(const void* address, size_t bytes) {
   }
 
 extern "C" {
+// What simt.h calls these in the kernels' files.
+#define FASTFORMER_SIMT_COPY(name)                                                                     \
+  void* fastformer_simt_##name(void* to, const void* from, size_t bytes) {                             \
+    using namespace simt;                                                                              \
+    if (in_kernel && bytes != 0) {                                                                     \
+      access<Doing::read>(*current, reinterpret_cast<uintptr_t>(from), bytes, FASTFORMER_SIMT_CALLER); \
+      access<Doing::write>(*current, reinterpret_cast<uintptr_t>(to), bytes, FASTFORMER_SIMT_CALLER);  \
+    }                                                                                                  \
+    return std::name(to, from, bytes);                                                                 \
+  }
+FASTFORMER_SIMT_COPY(memcpy)
+FASTFORMER_SIMT_COPY(memmove)
+void* fastformer_simt_memset(void* to, int value, size_t bytes) {
+  using namespace simt;
+  if (in_kernel && bytes != 0) {
+    access<Doing::write>(*current, reinterpret_cast<uintptr_t>(to), bytes, FASTFORMER_SIMT_CALLER);
+  }
+  return std::memset(to, value, bytes);
+}
 FASTFORMER_SIMT_HOOK(1)
 FASTFORMER_SIMT_HOOK(2)
 FASTFORMER_SIMT_HOOK(4)

@@ -136,8 +136,7 @@ std::vector<Finding> explain(const std::vector<Report>& reports) {
   std::map<Code, Place> places = places_of(codes);
   for (const Report& report : reports) {
     const auto lines = places[report.now.code - 1].lines, other_lines = places[report.before.code - 1].lines;
-    // The same line may lie at several addresses.
-    if (report.kind == Kind::divergence && report.before.thread >= 0 && lines == other_lines) continue;
+    if (report.unless_same_line && lines == other_lines) continue;
     Finding finding{.kind = name_of(report.kind),
                     .kernel = plain(places[kernel].function),
                     .block = report.now.block,

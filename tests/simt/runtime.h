@@ -57,6 +57,7 @@ struct Report {
   uintptr_t address = 0;
   int bytes = 0;
   std::string text = {};
+  bool unless_same_line = false;  // no finding if both sides are at one line: it may lie at several addresses
   std::vector<std::pair<std::string, Code>> notes = {};  // lines below it, each with a place in the source
 };
 

@@ -31,7 +31,7 @@ struct Unit {
   uint16_t written;    // bytes, a bit each
   uint16_t in_flight;  // bytes that a cp.async under way will write
   uint8_t shift;       // log2 of a cell's bytes
-  uint8_t sources;     // cp.async's under way that read here
+  uint16_t sources;    // cp.async's under way that read here
   Cell cells[16];
 };
 
@@ -173,6 +173,8 @@ inline void touch(const Touch& how, Cell& cell, uintptr_t address, int bytes) {
     cell.reader = static_cast<uint16_t>(me.index);
     return;
   }
+  // What another block has read no later block may write: of who else reads it nothing need be remembered.
+  if (how.doing == Doing::read && cell.read.time < state.block_start) return;
   if (how.doing == Doing::atomic) against(cell.reader, cell.read, "read");
   const Time added = how.readers.add();
   if (cell.read.time >= state.block_start) {

@@ -2,6 +2,13 @@
 // how).
 #pragma once
 
+#ifndef FASTFORMER_SIMT_RUNTIME
+// The compiler makes calls of these, which have no hooks, of memcpy and of large copies: the emulator's are called.
+extern "C" void* memcpy(void*, const void*, __SIZE_TYPE__) noexcept __asm__("fastformer_simt_memcpy");
+extern "C" void* memmove(void*, const void*, __SIZE_TYPE__) noexcept __asm__("fastformer_simt_memmove");
+extern "C" void* memset(void*, int, __SIZE_TYPE__) noexcept __asm__("fastformer_simt_memset");
+#endif
+
 #include <math.h>
 
 #include <algorithm>
@@ -235,6 +242,9 @@ using std::isinf;
 using std::isnan;
 using std::max;
 using std::min;
+// Of floats they are fmaxf and fminf: NaN counts for nothing.
+__forceinline__ float max(float a, float b) { return fmaxf(a, b); }
+__forceinline__ float min(float a, float b) { return fminf(a, b); }
 
 __forceinline__ float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 __forceinline__ float __expf(float x) { return expf(x); }

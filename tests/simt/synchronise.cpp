@@ -19,12 +19,12 @@ struct Group {
 struct Warp {
   unsigned live;
   int num_groups;
-  Group groups[kWarp];  // of disjoint masks
+  Group groups[kWarp];  // of different masks; a lane waits in one
 };
 struct Barrier {
   int expected, arrived;
-  Clock* clock;         // what all that came were ordered after
-  const Clock* joined;  // the last that went into it
+  Clock* clock;   // what all that came were ordered after
+  Clock* joined;  // the last that went into it; kept, so that no other takes its address
   std::vector<int> waiting;
 };
 
@@ -51,6 +51,7 @@ void release(Clock* clock) {
 void different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name) {
   Report finding{.kind = Kind::divergence, .now = side(me, code, name), .before = side(other, other_code, name)};
   finding.text = "threads that should meet wait at different places";
+  finding.unless_same_line = true;
   report(std::move(finding));
 }
 
@@ -84,8 +85,12 @@ bool arrive(Barrier& barrier, Thread& thread, int number, int threads, Code code
             "barrier " + std::to_string(number) + " was for " + std::to_string(barrier.expected) +
                 " threads to those that came before, and is for " + std::to_string(threads) + " here");
   }
-  if (barrier.joined != thread.clock) join(barrier.clock, thread.clock);
-  barrier.joined = thread.clock;
+  if (barrier.joined != thread.clock) {
+    join(barrier.clock, thread.clock);
+    release(barrier.joined);
+    barrier.joined = thread.clock;
+    ++thread.clock->references;
+  }
   barrier.clock->of[thread.index] = std::max(barrier.clock->of[thread.index], thread.time);
   return ++barrier.arrived == barrier.expected;
 }
@@ -101,6 +106,7 @@ void open(Barrier& barrier) {
   }
   barrier.waiting.clear();
   barrier.arrived = 0;
+  release(barrier.joined);
   barrier.joined = nullptr;
   release(barrier.clock);
   barrier.clock = nullptr;
@@ -138,6 +144,7 @@ void begin_block_synchronisation() {
   for (Barrier& barrier : barriers) {
     release(barrier.clock);
     barrier.clock = nullptr;
+    release(barrier.joined);
     barrier.joined = nullptr;
     barrier.arrived = 0;
     barrier.waiting.clear();
@@ -159,9 +166,9 @@ void thread_exited(Thread& thread) {
     finding.text = "thread " + std::to_string(thread.index) + " has ended while others wait for it";
     stop(std::move(finding));
   }
-  for (int i = 0; i < warp.num_groups; ++i) {
+  for (int i = warp.num_groups; i-- > 0;) {  // run_group puts the last, already seen, in the place of what it removes
     const Group& group = warp.groups[i];
-    if ((group.mask & bit) != 0 && complete(warp, group)) return run_group(warp, i, lanes_of(thread));
+    if ((group.mask & bit) != 0 && complete(warp, group)) run_group(warp, i, lanes_of(thread));
   }
 }
 
@@ -204,16 +211,16 @@ void warp_operation(unsigned mask, void* operand, Code code, const char* name, F
   me.operand = operand;
   me.code = code;
   int index = 0;
-  while (index < warp.num_groups && (warp.groups[index].mask & mask) == 0) ++index;
+  while (index < warp.num_groups && warp.groups[index].mask != mask) ++index;
   if (index == warp.num_groups) {
     warp.groups[warp.num_groups++] = {mask, bit, finish, code, me.index, name};
   } else {
     Group& group = warp.groups[index];
     const Thread& first = state.threads[group.first];
-    if (group.mask != mask || group.finish != finish) {
+    if (group.finish != finish) {
       Report finding{
           .kind = Kind::divergence, .now = side(me, code, name), .before = side(first, group.code, group.name)};
-      finding.text = "lanes of a warp that should meet call different functions or name different masks";
+      finding.text = "lanes of a warp that should meet call different functions";
       stop(std::move(finding));
     }
     if (group.code != code) different_places(me, code, first, group.code, name);
@@ -362,7 +369,8 @@ void barrier_sync(int number, int threads) {
 void barrier_arrive(int number, int threads) {
   Thread& me = *current;
   Barrier& barrier = barriers[number & 15];
-  const bool last = arrive(barrier, me, number, threads, FASTFORMER_SIMT_CALLER, "in barrier_arrive");
+  const Code code = FASTFORMER_SIMT_CALLER;
+  const bool last = arrive(barrier, me, number, threads, code, "in barrier_arrive");
   me.time = advance();
   if (last) open(barrier);
 }
