@@ -48,6 +48,34 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Of all leading dimensions together.
+inline int64_t rows_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() >= 1, name, " must have at least one dimension");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
+}
+
+inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
+  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+  sizes.back() = last;
+  return sizes;
+}
+
+inline void check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t cols, const Tensor& input) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == cols, name, " must be [", rows, ", ",
+                  cols, "]");
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+}
+
+inline void check_bias(const std::optional<Tensor>& bias, const char* name, int64_t width, const Tensor& input) {
+  if (!bias.has_value()) return;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == width, name, " must be [", width, "]");
+  STD_TORCH_CHECK(bias->scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // An uninitialised tensor of `dims` sizes and strides on the device of `like`. Half the cost of torch::stable's
 // empty_like and new_empty, which ask the dispatcher for an operator by its name: add + layer norm of few elements 3.1
 // us, not 4.5.

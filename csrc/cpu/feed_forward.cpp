@@ -26,14 +26,9 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
                                                 const std::optional<Tensor>& weight_gate, const Tensor& weight2,
                                                 const std::optional<Tensor>& bias2, std::string activation,
                                                 bool save_hidden) {
-  const int64_t N = rows_of(input, "input"), C = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(weight1.dim() == 2 && weight2.dim() == 2, "weight1 and weight2 must have two dimensions");
-  const int64_t F = weight1.size(0), C2 = weight2.size(0);
+  const auto [N, C, F, C2] = check_feed_forward(input, weight1, weight_gate, weight2);
   const ScalarType dtype = input.scalar_type(), product = products_in(dtype);
   const DType element = dtype_of(input, "input");
-  check_matrix(weight1, "weight1", F, C, input);
-  check_matrix(weight2, "weight2", C2, F, input);
-  if (weight_gate.has_value()) check_matrix(*weight_gate, "weight_gate", F, C, input);
   check_bias(bias1, "bias1", F, input);
   check_bias(bias2, "bias2", C2, input);
   const Activation act = activation_of(activation);
@@ -94,19 +89,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
     const Tensor& grad_output, const Tensor& input, const Tensor& weight1, const std::optional<Tensor>& weight_gate,
     const Tensor& weight2, const Tensor& hidden, std::string activation, bool has_bias1, bool has_bias2,
     bool needs_grad_input, bool needs_grad_weights) {
-  const int64_t N = rows_of(input, "input"), C = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(weight1.dim() == 2 && weight2.dim() == 2, "weight1 and weight2 must have two dimensions");
-  const int64_t F = weight1.size(0), C2 = weight2.size(0);
+  const FeedForwardSizes sizes = check_feed_forward(input, weight1, weight_gate, weight2);
+  const auto [N, C, F, C2] = sizes;
   const ScalarType dtype = input.scalar_type(), product = products_in(dtype);
   const DType element = dtype_of(input, "input");
   const bool gated = weight_gate.has_value();
-  check_matrix(weight1, "weight1", F, C, input);
-  check_matrix(weight2, "weight2", C2, F, input);
-  if (gated) check_matrix(*weight_gate, "weight_gate", F, C, input);
-  check_matrix(hidden, "hidden", N, gated ? 2 * F : F, input);
-  STD_TORCH_CHECK(rows_of(grad_output, "grad_output") == N && grad_output.size(grad_output.dim() - 1) == C2,
-                  "grad_output must be [..., ", C2, "] with the rows of input");
-  STD_TORCH_CHECK(grad_output.scalar_type() == dtype, "grad_output must have the dtype of input");
+  check_feed_forward_gradient(grad_output, hidden, input, sizes, gated);
   const Activation act = activation_of(activation);
   has_bias1 = has_bias1 && needs_grad_weights;
   has_bias2 = has_bias2 && needs_grad_weights;

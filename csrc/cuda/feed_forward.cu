@@ -233,14 +233,8 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
                                                 const std::optional<Tensor>& bias2, std::string activation,
                                                 bool save_hidden) {
   const OnDevice device(input);
-  const int64_t N = rows_of(input, "input"), C = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(weight1.dim() == 2 && weight2.dim() == 2, "weight1 and weight2 must have two dimensions");
-  const int64_t F = weight1.size(0), C2 = weight2.size(0);
+  const auto [N, C, F, C2] = check_feed_forward(input, weight1, weight_gate, weight2);
   const ScalarType dtype = input.scalar_type();
-  dtype_of(input, "input");  // an error for any other
-  check_matrix(weight1, "weight1", F, C, input);
-  check_matrix(weight2, "weight2", C2, F, input);
-  if (weight_gate.has_value()) check_matrix(*weight_gate, "weight_gate", F, C, input);
   check_bias(bias1, "bias1", F, input);
   check_bias(bias2, "bias2", C2, input);
   check_device(weight1, "weight1", input, "input");
@@ -268,19 +262,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
     const Tensor& weight2, const Tensor& hidden, std::string activation, bool has_bias1, bool has_bias2,
     bool needs_grad_input, bool needs_grad_weights) {
   const OnDevice device(input);
-  const int64_t N = rows_of(input, "input"), C = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(weight1.dim() == 2 && weight2.dim() == 2, "weight1 and weight2 must have two dimensions");
-  const int64_t F = weight1.size(0), C2 = weight2.size(0);
+  const FeedForwardSizes sizes = check_feed_forward(input, weight1, weight_gate, weight2);
+  const auto [N, C, F, C2] = sizes;
   const ScalarType dtype = input.scalar_type();
-  dtype_of(input, "input");  // an error for any other
   const bool gated = weight_gate.has_value();
-  check_matrix(weight1, "weight1", F, C, input);
-  check_matrix(weight2, "weight2", C2, F, input);
-  if (gated) check_matrix(*weight_gate, "weight_gate", F, C, input);
-  check_matrix(hidden, "hidden", N, gated ? 2 * F : F, input);
-  STD_TORCH_CHECK(rows_of(grad_output, "grad_output") == N && grad_output.size(grad_output.dim() - 1) == C2,
-                  "grad_output must be [..., ", C2, "] with the rows of input");
-  STD_TORCH_CHECK(grad_output.scalar_type() == dtype, "grad_output must have the dtype of input");
+  check_feed_forward_gradient(grad_output, hidden, input, sizes, gated);
   check_device(grad_output, "grad_output", input, "input");
   check_device(weight1, "weight1", input, "input");
   check_device(weight2, "weight2", input, "input");

@@ -20,7 +20,13 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   constexpr size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
   if (shared_bytes > kWithoutAsking) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // All that the device has, each time: another thread may be about to launch the same kernel with more than this.
+    int device = 0, limit = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    }
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};

@@ -79,7 +79,10 @@ class Team {
 };
 
 // What is left of a row to one step of a loop over it.
-FASTFORMER_DEVICE int at_most(int step, int64_t left) { return static_cast<int>(left < step ? left : step); }
+// The lesser, from 0 on.
+FASTFORMER_DEVICE int at_most(int step, int64_t left) {
+  return left < 0 ? 0 : static_cast<int>(left < step ? left : step);
+}
 
 // exp(score - peak), twice as cheap as expf. The difference is taken first: its rounding is what counts for huge ones.
 FASTFORMER_DEVICE float exp_below(float score, float peak) {

@@ -262,6 +262,16 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
 
   // A thread reads of what is kept what it wrote itself, so no barrier is needed for that.
   const T *grad_source = keeps ? kept_grad : grad_row, *output_source = keeps ? kept_output : output_row;
+  if (keeps) {  // then to correct the mean, as above, costs no reading
+    float rest = 0.0f;
+    for (int64_t start = 0; start < column_count; start += step) {
+      const int end = at_most(step, column_count - start);
+      load_row<T, kPack>(grad, grad_source + start, nullptr, end, team);
+      load_row<T, kPack>(probability, output_source + start, nullptr, end, team);
+      rest += weighted_sum(grad, probability, mean);
+    }
+    mean += team.sum(rest);
+  }
   for (int64_t start = 0; start < column_count; start += step) {
     const int end = at_most(step, column_count - start);
     load_row<T, kPack>(grad, grad_source + start, nullptr, end, team);
