@@ -1,37 +1,15 @@
 // What every CPU operator's wrapper needs beside csrc/tensor.h: memory.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <vector>
 
 #include "../tensor.h"
+#include "large_pages.h"
 
 namespace fastformer {
-
-// Asks for pages of 2 MiB under a large piece of fresh memory. One beyond malloc's largest threshold, 32 MiB, comes
-// from the system anew each time, a smaller one now and then, and to map it in pages of 4 KiB takes longer than most
-// kernels do: 64 MiB are filled in 16 ms so, in 4.4 ms in large pages (two cores of a Zen 5). Where it had pages,
-// nothing changes. THP_MEM_ALLOC_ENABLE=0, torch's own switch, leaves it to the system.
-inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  static const bool kWanted = [] {
-    const char* value = std::getenv("THP_MEM_ALLOC_ENABLE");
-    return value == nullptr || std::strcmp(value, "0") != 0;
-  }();
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  if (!kWanted || bytes < 2 * static_cast<int64_t>(kPage)) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // A tensor that was just allocated, nothing written to it yet.
 inline Tensor fresh(Tensor tensor) {
@@ -41,8 +19,7 @@ inline Tensor fresh(Tensor tensor) {
 
 inline Tensor fresh_like(const Tensor& like) { return fresh(new_tensor(like, sizes_of(like), like.scalar_type())); }
 
-// For results of products: large pages gain them little, and where a hypervisor has to find the pages first, 77 MB of
-// gradients cost linear_cross_entropy 60 ms of 150.
+// For results of products, which large pages gain little.
 inline Tensor empty_like_sizes(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return new_tensor(like, sizes, dtype);
 }
