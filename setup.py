@@ -31,7 +31,7 @@ QUIET = ["-Wno-unused-function", "-Wno-uninitialized", "-Wno-maybe-uninitialized
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *QUIET]
 # libgcc stays shared (torch has it loaded): exceptions are thrown here and caught in torch, and two unwinders in one
 # throw abort the process. Only what is used of the static libstdc++ stays, hidden from other libraries.
-LINK_FLAGS = ["-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
+LINK_FLAGS = ["-static-libstdc++", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,--no-undefined", "-Wl,-s"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_LEVELS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
@@ -151,7 +151,6 @@ def cpu_rules(compiler: str, library: Path) -> list[str]:
 
     includes = [f"-isystem {path}" for path in include_paths()]
     lib_dirs = [f"-L{path}" for path in library_paths()]
-    link = [*LINK_FLAGS, "-Wl,--no-undefined"]
     rules = [
         f"flags = {' '.join([*CXX_FLAGS, *os.environ.get('CXXFLAGS', '').split()])}",
         "rule cxx",
@@ -159,7 +158,7 @@ def cpu_rules(compiler: str, library: Path) -> list[str]:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared {' '.join(link)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu -ltorch",
+        f"  command = {compiler} -shared {' '.join(LINK_FLAGS)} $in -o $out {' '.join(lib_dirs)} -ltorch_cpu -ltorch",
     ]
     objects = []
 
@@ -187,8 +186,7 @@ def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
     flags += [f"-isystem {path}" for path in include_paths()]
     threads = os.environ.get("NVCC_THREADS")
     flags += [f"--threads {threads}"] if threads else []
-    link = [*LINK_FLAGS, "-Wl,--no-undefined"]
-    link = [flag.replace("-Wl,", "-Xlinker=", 1).replace("--exclude-libs,", "--exclude-libs=") for flag in link]
+    link = [flag.replace("-Wl,", "-Xlinker=", 1).replace("--exclude-libs,", "--exclude-libs=") for flag in LINK_FLAGS]
     link = [flag if flag.startswith("-X") else f"-Xcompiler={flag}" for flag in link]
     lib_dirs = [f"-L{path}" for path in library_paths()]
     program = next(word for word in reversed(compiler.split()) if not word.startswith("-"))  # of "ccache g++ -m64"

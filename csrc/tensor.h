@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "cpu/kernels/dtypes.h"
+#include "dtypes.h"
 
 namespace fastformer {
 
@@ -56,8 +56,10 @@ inline int64_t rows_of(const Tensor& tensor, const char* name) {
   return rows;
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
 inline std::vector<int64_t> sizes_with_last(const Tensor& tensor, int64_t last) {
-  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+  std::vector<int64_t> sizes = sizes_of(tensor);
   sizes.back() = last;
   return sizes;
 }
@@ -97,8 +99,6 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
   for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i] > 0 ? sizes[i] : 1) strides[i] = stride;
   return new_strided(like, sizes.data(), strides.data(), static_cast<int64_t>(sizes.size()), dtype);
 }
-
-inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 
 // [batch, heads, seqlen, width] that lies in memory as [batch, seqlen, heads, width]. Not a view: of an output that is
 // one autograd forbids changes in place.

@@ -5,9 +5,6 @@ Without a GPU they are executed on CPU tensors by the emulator of tests/simt, wh
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import simt
 import support
@@ -22,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def _emulate() -> bool:
     """Make the emulated kernels those of the backend ``cuda`` on CPU tensors, if there is a compiler for them."""
-    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
+    if simt.compiler() is None:
         return False
     simt.load()
     for schema in library.schemas():

@@ -108,9 +108,7 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& o
 }
 
 // Contiguous, of the sizes and dtype of `like`.
-inline Tensor empty_of_sizes(const Tensor& like) {
-  return empty_like_sizes(like, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()), like.scalar_type());
-}
+inline Tensor empty_of_sizes(const Tensor& like) { return empty_like_sizes(like, sizes_of(like), like.scalar_type()); }
 
 // A result that was not asked for.
 inline Tensor no_result(const Tensor& like) { return empty_like_sizes(like, {0}, like.scalar_type()); }

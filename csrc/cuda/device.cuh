@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "../cpu/kernels/dtypes.h"
+#include "../dtypes.h"
 
 #define FASTFORMER_DEVICE __device__ __forceinline__
 
@@ -72,18 +72,6 @@ FASTFORMER_DEVICE void store(T* to, const Pack<T, kCount>& pack) {
 #else
   *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 #endif
-}
-
-// Over all 32 lanes; each gets the result.
-FASTFORMER_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-  return x;
-}
-FASTFORMER_DEVICE float warp_max(float x) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
-  return x;
 }
 
 }  // namespace fastformer::cuda

@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
     STD_TORCH_CHECK(same_sizes(*residual, input), "residual must have the shape of input");
     STD_TORCH_CHECK(residual->scalar_type() == input.scalar_type(), "residual must have the dtype of input");
   }
-  const int64_t row_count = row_count_of(input);
+  const int64_t row_count = rows_of(input, "input");
   const Tensor output = empty_of_sizes(input), summed = residual.has_value() ? empty_of_sizes(input) : no_result(input);
   if (input.numel() == 0) {
     return {output, summed, zeros(input, rms ? 0 : row_count, ScalarType::Float),

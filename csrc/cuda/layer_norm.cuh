@@ -63,13 +63,6 @@ FASTFORMER_DEVICE void store_floats(float* to, const float* values) {
   }
 }
 
-// All leading dimensions together, also of an empty tensor.
-inline int64_t row_count_of(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
-  return count;
-}
-
 inline Tensor zeros(const Tensor& like, int64_t count, ScalarType dtype) {
   return torch::stable::new_zeros(like, {count}, dtype);
 }

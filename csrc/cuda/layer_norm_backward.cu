@@ -349,7 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const OnDevice device(summed);
   STD_TORCH_CHECK(summed.dim() >= 1, "summed must have at least one dimension");
   const DType dtype = dtype_of(summed, "summed");
-  const int64_t row_count = row_count_of(summed), column_count = summed.size(summed.dim() - 1);
+  const int64_t row_count = rows_of(summed, "summed"), column_count = summed.size(summed.dim() - 1);
   const auto check_like = [&](const Tensor& tensor, const char* name) {
     check_device(tensor, name, summed, "summed");
     STD_TORCH_CHECK(same_sizes(tensor, summed), name, " must have the shape of summed");

@@ -78,8 +78,7 @@ class Team {
   int turn_ = 0;
 };
 
-// What is left of a row to one step of a loop over it.
-// The lesser, from 0 on.
+// What is left of a row to one step of a loop over it: `step` at most, and 0 beyond the end.
 FASTFORMER_DEVICE int at_most(int step, int64_t left) {
   return left < 0 ? 0 : static_cast<int>(left < step ? left : step);
 }

@@ -18,7 +18,7 @@ extern "C" void* memset(void*, int, __SIZE_TYPE__) noexcept __asm__("fastformer_
 #include <initializer_list>
 #include <type_traits>
 
-#include "../../csrc/cpu/kernels/dtypes.h"
+#include "../../csrc/dtypes.h"
 
 #define __global__
 #define __device__

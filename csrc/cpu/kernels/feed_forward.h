@@ -5,8 +5,8 @@
 // the product.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 #include "gemm.h"
 
 namespace fastformer {

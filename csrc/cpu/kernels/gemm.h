@@ -4,8 +4,8 @@
 // cache: to store them, or to go on with them.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

@@ -1,8 +1,8 @@
 // Layer norm and RMS norm over rows, with an optional residual added first.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

@@ -1,8 +1,8 @@
 // Products of a few rows with a large matrix, which are bound by reading the matrix once.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

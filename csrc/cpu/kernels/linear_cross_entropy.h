@@ -1,8 +1,8 @@
 // Cross-entropy of rows of logits, and its gradient in their place.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 #include "gemm.h"
 
 namespace fastformer {

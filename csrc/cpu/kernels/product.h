@@ -4,8 +4,8 @@
 // several times faster than a half type the processor doesn't know.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

@@ -1,8 +1,8 @@
 // Rotates pairs of features by angles that depend on the position.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

@@ -1,8 +1,8 @@
 // softmax over rows: y = exp(scale x + mask - max) / sum.
 #pragma once
 
+#include "../../dtypes.h"
 #include "../level.h"
-#include "dtypes.h"
 
 namespace fastformer {
 

@@ -8,7 +8,7 @@
 
 #include <math.h>
 
-#include "dtypes.h"
+#include "../../dtypes.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
