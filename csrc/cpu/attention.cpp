@@ -121,12 +121,10 @@ std::tuple<Tensor, Tensor> attention_forward(
     const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t num_splits) {
   STD_TORCH_CHECK(num_splits >= 0, "num_splits must not be negative");
-  // The kernel's scale is positive, in float too: the largest product is then the largest score.
-  const float narrow = static_cast<float>(scale);
-  const double sign = narrow > 0 ? 1.0 : narrow < 0 ? -1.0 : narrow;  // 0 and NaN stay
-  const AttentionCall call = attention_call(sign == 1.0 ? query : times(query, sign), key, value,
+  const auto [scaled_query, positive_scale] = with_positive_scale(query, scale);
+  const AttentionCall call = attention_call(scaled_query, key, value,
                                             {.mask = mask,
-                                             .scale = sign == 0.0 ? 1.0 : std::abs(scale),
+                                             .scale = positive_scale,
                                              .is_causal = is_causal,
                                              .bottom_right = bottom_right,
                                              .softcap = softcap,

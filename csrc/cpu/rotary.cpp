@@ -12,8 +12,10 @@ RotaryTensor describe(const Tensor& input, const Tensor& output) {
   return {pointer(input), mutable_pointer(output), input.size(1), {input.stride(0), input.stride(1), input.stride(2)}};
 }
 
-std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                  bool interleaved, bool inverse) {
+// Backward is the inverse: the gradients of the results, turned back.
+template <bool kInverse>
+std::tuple<Tensor, Tensor> rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                  bool interleaved) {
   check_rotary(query, key, cos, sin);
   const int64_t B = query.size(0), S = query.size(2), D = query.size(3), R = cos.size(cos.dim() - 1);
   const Tensor c = as_float(cos, "cos"), s = as_float(sin, "sin");
@@ -29,7 +31,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
       .head_dim = D,
       .width = R,
       .interleaved = interleaved,
-      .inverse = inverse,
+      .inverse = kInverse,
   };
   const RotaryKernels& kernels = rotary_kernels();
   const int64_t bytes_per_position = (query.size(1) + key.size(1)) * D * 4;
@@ -40,20 +42,10 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
   return {query_out, key_out};
 }
 
-std::tuple<Tensor, Tensor> rotary_forward(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                          bool interleaved) {
-  return rotate(query, key, cos, sin, interleaved, false);
-}
-
-std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad_query, const Tensor& grad_key, const Tensor& cos,
-                                           const Tensor& sin, bool interleaved) {
-  return rotate(grad_query, grad_key, cos, sin, interleaved, true);
-}
-
 }  // namespace
 }  // namespace fastformer
 
 STABLE_TORCH_LIBRARY_IMPL(fastformer, CPU, m) {
-  m.impl("rotary_forward", TORCH_BOX(&fastformer::rotary_forward));
-  m.impl("rotary_backward", TORCH_BOX(&fastformer::rotary_backward));
+  m.impl("rotary_forward", TORCH_BOX(&fastformer::rotary<false>));
+  m.impl("rotary_backward", TORCH_BOX(&fastformer::rotary<true>));
 }

@@ -1,6 +1,6 @@
 #include "kernels/softmax.h"
 
-#include "mask.h"
+#include "../mask.h"
 #include "streaming.h"
 
 namespace fastformer {
@@ -13,10 +13,11 @@ Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, d
   STD_TORCH_CHECK(!mask.has_value() || (dims <= 4 && mask->dim() <= dims), "mask: input may have at most 4 dimensions");
   const Tensor x = as_contiguous(input);
   const Tensor y = fresh_like(x);
-  if (x.numel() == 0) return y;
   const auto size = [&](int64_t from_last) { return dims >= from_last ? x.size(dims - from_last) : 1; };
-  const int64_t cols = size(1), rows = size(2), heads = size(3), outer = x.numel() / (cols * rows * heads);
-  const BroadcastMask m = broadcast_mask(mask, {outer, heads, rows, cols});
+  const int64_t cols = size(1), rows = size(2), heads = size(3);
+  const BroadcastMask m = broadcast_mask(mask, {size(4), heads, rows, cols});
+  if (x.numel() == 0) return y;
+  const int64_t outer = x.numel() / (cols * rows * heads);
   const int64_t row_bytes = cols * static_cast<int64_t>(x.element_size()), bytes = outer * heads * rows * row_bytes;
   const SoftmaxForward args{
       .input = pointer(x),

@@ -1,7 +1,7 @@
 // A mask that broadcasts to four dimensions.
 #pragma once
 
-#include "common.h"
+#include "tensor.h"
 
 namespace fastformer {
 
@@ -20,7 +20,7 @@ inline BroadcastMask broadcast_mask(const std::optional<Tensor>& mask, const int
   const bool boolean = mask->scalar_type() == ScalarType::Bool;
   result.kind = boolean ? MaskKind::boolean : MaskKind::additive;
   if (!boolean) result.dtype = dtype_of(*mask, "mask");
-  result.data = pointer(*mask);
+  result.data = mask->const_data_ptr();
   for (int64_t i = 0; i < mask->dim(); ++i) {
     const int64_t to = 4 - mask->dim() + i, size = mask->size(i);
     STD_TORCH_CHECK(size == sizes[to] || size == 1, "mask must broadcast to the scores");
