@@ -1,9 +1,11 @@
+import itertools
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as torch_functional
-from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
+from cuda_support import CUDA_TARGETS, KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Target, awkward, check, laid_out, tensor
@@ -94,9 +96,42 @@ def test_a_very_long_row(target: Target, rms: bool) -> None:
 
 
 @on_kernels
-def test_float32_weights_with_a_low_precision_input(target: Target) -> None:
-    weight, bias = torch.randn(2, 40, device=target.device)
-    check_norm(target, tensor(target, 9, 40), weight=weight, bias=bias)
+@pytest.mark.parametrize("cols", [33, 40, 151, 304])
+def test_float32_weights_with_a_low_precision_input(target: Target, cols: int) -> None:
+    weight, bias = torch.randn(2, cols, device=target.device)
+    check_norm(target, tensor(target, 9, cols), weight=weight, bias=bias)
+
+
+@on_kernels
+def test_vectors_that_are_not_aligned(target: Target) -> None:
+    weight, bias = tensor(target, 65)[1:], tensor(target, 67)[3:]
+    check_norm(target, tensor(target, 5, 64), weight=weight, bias=bias)
+    check_norm(target, tensor(target, 5, 64), weight=weight.float()[:64], rms=True)
+    check_norm(target, tensor(target, 5, 63), weight=weight[:63], bias=bias[:63])
+
+
+@pytest.mark.skipif("cpu" not in backends.CUDA_DEVICES, reason="without the emulator of the CUDA C++ kernels")
+def test_vectors_that_are_not_aligned_leave_the_accesses_to_rows_wide() -> None:
+    emulator = sys.modules["fastformer_simt"]
+    accesses = [emulator.counters()["accesses"]]
+    x = torch.randn(5, 64)
+    with fastformer.backend("cuda"):
+        for weight, bias in (torch.randn(2, 64), torch.randn(2, 65)[:, 1:]):
+            leaves = [leaf.detach().requires_grad_() for leaf in (x, weight, bias)]
+            torch.autograd.grad(F.layer_norm(leaves[0], (64,), *leaves[1:]).sum(), leaves)
+            accesses.append(emulator.counters()["accesses"])
+    aligned, not_aligned = (after - before for before, after in itertools.pairwise(accesses))
+    assert aligned == not_aligned > 0
+
+
+# Widths on either side of where the CUDA C++ kernels, forward and backward, go from registers to shared memory and to a
+# loop, in the widest accesses and, if odd, single ones. Of more rows than the emulated device has blocks at once.
+@pytest.mark.parametrize("cols", [1027, 6143, 6151, 8184, 8200, 16383, 16384, 16387, 16392])
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+def test_every_way_to_hold_a_row(target: Target, cols: int) -> None:
+    weight, bias = tensor(target, cols), tensor(target, cols)
+    check_norm(target, tensor(target, 5, cols), residual=tensor(target, 5, cols), weight=weight, bias=bias)
+    check_norm(target, tensor(target, 5, cols), weight=weight.float(), rms=True)
 
 
 @on_kernels

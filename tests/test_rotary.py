@@ -62,9 +62,11 @@ def test_layouts(target: Target, interleaved: bool) -> None:
 
 
 @on_kernels
-def test_angles_in_the_dtype_of_query(target: Target) -> None:
-    cos, sin = (x.to(target.dtype) for x in angles(target, 5, 4))
-    check_rotary(target, tensor(target, 1, 2, 5, 8), tensor(target, 1, 2, 5, 8), cos, sin, False)
+@pytest.mark.parametrize("R", [3, 8])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_angles_in_the_dtype_of_query(target: Target, R: int, interleaved: bool) -> None:
+    cos, sin = (x.to(target.dtype) for x in angles(target, 5, R))
+    check_rotary(target, tensor(target, 1, 2, 5, 2 * R), tensor(target, 1, 2, 5, 2 * R), cos, sin, interleaved)
 
 
 @on_kernels

@@ -48,6 +48,14 @@ def test_empty(target: Target, shape: tuple[int, ...]) -> None:
     assert y.shape == x.grad.shape == shape
 
 
+@pytest.mark.parametrize("target", [target for target in KERNEL_TARGETS if target.backend != "triton"], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 0, 4), (0, 3, 4)])
+def test_the_operator_refuses_a_mask_that_does_not_broadcast(target: Target, shape: tuple[int, ...]) -> None:
+    x = tensor(target, *shape)
+    with fastformer.backend(target.backend), pytest.raises(RuntimeError, match="mask must broadcast"):
+        torch.ops.fastformer.softmax_forward(x, tensor(target, 5), 1.0, False)
+
+
 @on_kernels
 def test_layouts(target: Target) -> None:
     check_softmax(target, awkward(target, 5, 33))

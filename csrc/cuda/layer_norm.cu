@@ -79,12 +79,10 @@ template <int kPack, typename T, typename W, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_normed(const Forward<T, W>& args, const T (&values)[kCount], float mean, float rstd,
                                     int64_t row, int64_t start, int columns, const Team<kLanes>& team) {
   T* output = args.output + row * args.column_count + start;
-  const W* weights = args.weight == nullptr ? nullptr : args.weight + start;
-  const W* biases = args.bias == nullptr ? nullptr : args.bias + start;
   for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
     float weight[kPack], bias[kPack];
-    load_floats(weight, weights, column, 1.0f);
-    load_floats(bias, biases, column, 0.0f);
+    load_vector(weight, args.weight, start + column, 1.0f);
+    load_vector(bias, args.bias, start + column, 0.0f);
     Pack<T, kPack> pack;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
@@ -172,8 +170,8 @@ __global__ void __launch_bounds__(kLargeBlock)
 
 // --- launcher
 
-// Registers: at most 60 in 16-byte accesses, so that a multiprocessor takes 1024 threads of the held kernels' and their
-// loads; 87 in single elements, whose addresses count, and 128, what 512 threads can have, in the looped kernel. A
+// Registers: at most 64 in 16-byte accesses, so that a multiprocessor takes 1024 threads of the held kernels' and their
+// loads; 85 in single elements, whose addresses count, and 128, what 512 threads can have, in the looped kernel. A
 // thread's weights are therefore read pack by pack as they are used, not all ahead of the stores.
 template <typename T, typename W, int kPack>
 void launch_forward(const Forward<T, W>& args, const OnDevice& device) {
@@ -225,7 +223,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
   };
   const bool all_alike = in_rows_dtype(weight) && in_rows_dtype(bias);
   const ScalarType vector_type = all_alike ? input.scalar_type() : ScalarType::Float;
-  const std::optional<Tensor> w = row_vector(weight, vector_type, "weight"), b = row_vector(bias, vector_type, "bias");
+  const bool widest = takes_widest(rows) && (!residual_rows || takes_widest(*residual_rows));
+  const std::optional<Tensor> w = row_vector(weight, vector_type, widest, "weight");
+  const std::optional<Tensor> b = row_vector(bias, vector_type, widest, "bias");
   for_dtypes(dtype, all_alike ? dtype : DType::float32, [&]<typename T, typename W>() {
     const Forward<T, W> args{
         .input = pointer<T>(rows.tensor),
@@ -242,9 +242,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& inpu
         .residual_stride = residual_rows.has_value() ? residual_rows->stride : 0,
         .eps = static_cast<float>(eps),
     };
-    const bool widest = takes_widest(args.input, args.input_stride, args.column_count) &&
-                        takes_widest(args.residual, args.residual_stride, args.column_count) &&
-                        takes_widest(args.weight) && takes_widest(args.bias);
     widest ? launch_forward<T, W, kWidest<T>>(args, device) : launch_forward<T, W, 1>(args, device);
   });
   return {output, summed, mean, rstd};

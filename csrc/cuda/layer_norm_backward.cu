@@ -86,7 +86,7 @@ FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&gr
     T* grad_input = args.grad_input + row * args.column_count + start + shift;
     for_packs<kPack, kAtOnce>(team, left, [&](int first, int column) {
       float weight[kPack];
-      load_floats(weight, args.weight, start + shift + column, 1.0f);
+      load_vector(weight, args.weight, start + shift + column, 1.0f);
       Pack<T, kPack> pack;
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
@@ -101,23 +101,24 @@ FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&gr
 }
 
 // A thread's columns where registers hold its sums too, and where shared memory does: as many as ptxas gives 128
-// registers without spilling. For 16-bit rows with float32 weights that is fewer.
-template <typename W, int kPack, bool kInShared>
-constexpr int kSummed = !kInShared               ? (kPack == 1 ? 12 : 16)
-                        : kPack * sizeof(W) > 16 ? 24
-                                                 : 32;
+// registers without spilling.
+template <int kPack, bool kInShared>
+constexpr int kSummed = kInShared    ? 32
+                        : kPack == 1 ? 12
+                                     : 16;
 
 template <typename T, typename W, int kPack, int kLanes, bool kInShared>
 __global__ void __launch_bounds__(Team<kLanes>::kThreads)
     layer_norm_backward_held(const Backward<T, W> args,
                              float* weight_sums,  // [blocks, C]: each block's share of grad_weight; nullptr: not asked
                              float* bias_sums) {  // likewise of grad_bias
-  constexpr int kCount = kSummed<W, kPack, kInShared>;
+  constexpr int kCount = kSummed<kPack, kInShared>;
   Team<kLanes> team;
   const int column_count = static_cast<int>(args.column_count);
-  const int64_t rows_a_block = kLanes == kBlock ? 1 : blockDim.x / team.size();
-  const int64_t team_in_block = kLanes == kBlock ? 0 : threadIdx.x / team.size();
-  Sums<kCount, kInShared> sums(shared_memory<float>() + Team<kLanes>::kSharedBytes / sizeof(float));
+  const int64_t rows_a_block = team.kIsBlock ? 1 : blockDim.x / team.size();
+  const int64_t team_in_block = team.kIsBlock ? 0 : threadIdx.x / team.size();
+  const int used = kInShared ? ((column_count - 1) / (team.size() * kPack) + 1) * kPack : kCount;
+  Sums<kCount, kInShared> sums(shared_memory<float>() + Team<kLanes>::kSharedBytes / sizeof(float), used);
   for (int64_t first_row = blockIdx.x * rows_a_block; first_row < args.row_count;
        first_row += gridDim.x * rows_a_block) {
     const int64_t row = first_row + team_in_block;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads)
     float products = 0.0f, scaled_sum = 0.0f;
     for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
       float weight[kPack];
-      load_floats(weight, args.weight, column, 1.0f);
+      load_vector(weight, args.weight, column, 1.0f);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const float normed = normed_of(summed[first + i], of), scaled = scaled_of(grad[first + i], weight[i]);
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads)
   }
 
   if (weight_sums == nullptr && bias_sums == nullptr) return;
-  if constexpr (kLanes != kBlock) {
+  if constexpr (!Team<kLanes>::kIsBlock) {
     add_teams<kLanes>(sums);
     if (team_in_block > 0) return;
   }
@@ -156,8 +157,8 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads)
       weight[i] = sums.weight(first + i);
       bias[i] = sums.bias(first + i);
     }
-    if (weight_sums != nullptr) store_floats<kPack>(weight_sums + place + column, weight);
-    if (bias_sums != nullptr) store_floats<kPack>(bias_sums + place + column, bias);
+    if (weight_sums != nullptr) store_floats<true>(weight_sums + place + column, weight);
+    if (bias_sums != nullptr) store_floats<true>(bias_sums + place + column, bias);
   });
 }
 
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kLargeBlock)
     }
     for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
       float weight[kPack];
-      load_floats(weight, args.weight, start + column, 1.0f);
+      load_vector(weight, args.weight, start + column, 1.0f);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const float scaled = scaled_of(grad[first + i], weight[i]);
@@ -319,21 +320,18 @@ void launch_looped(const Backward<T, W>& args, const VectorGrads<W>& grads, dim3
 template <typename T, typename W, int kPack>
 void launch_backward(const Backward<T, W>& args, const VectorGrads<W>& grads, const Tensor& like,
                      const OnDevice& device) {
-  constexpr int kCount = kSummed<W, kPack, false>, kWideCount = kSummed<W, kPack, true>;
+  constexpr int kCount = kSummed<kPack, false>, kWideCount = kSummed<kPack, true>;
   for_team<kCount>(args.row_count, args.column_count, [&]<int kLanes, bool kLooped>(dim3 grid, dim3 block) {
     constexpr int64_t kScratch = Team<kLanes>::kSharedBytes;
     if constexpr (!kLooped) {
       const int64_t shared_bytes = kLanes == kBlock ? kScratch : grads.any() ? add_teams_bytes(block.x, kCount) : 0;
       launch_held<T, W, kPack, kLanes, false>(args, grads, grid.x, block, shared_bytes, like, device);
     } else {
-      // Single elements would need as many accesses as a thread has columns at once, and their addresses.
-      if constexpr (kPack > 1) {
-        const int64_t threads = ceil_div(ceil_div(args.column_count, kWideCount), kWarp) * kWarp;
-        const int64_t shared_bytes = kScratch + threads * 2 * kWideCount * static_cast<int64_t>(sizeof(float));
-        if (grads.any() && threads <= kLargeBlock && shared_bytes <= device.shared_memory_limit()) {
-          return launch_held<T, W, kPack, kBlock, true>(
-              args, grads, args.row_count, dim3(static_cast<unsigned>(threads)), shared_bytes, like, device);
-        }
+      const int64_t used = ceil_div(args.column_count, kLargeBlock * kPack) * kPack;
+      const int64_t shared_bytes = Team<kLargeBlock>::kSharedBytes + used * 2 * kLargeBlock * sizeof(float);
+      if (grads.any() && used <= kWideCount && shared_bytes <= device.shared_memory_limit()) {
+        return launch_held<T, W, kPack, kLargeBlock, true>(args, grads, args.row_count, dim3(kLargeBlock), shared_bytes,
+                                                           like, device);
       }
       launch_looped<T, W, kPack>(args, grads, grid, device);
     }
@@ -382,7 +380,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const Rows grad_rows = as_rows(grad_output), rows = as_rows(summed);
   std::optional<Rows> added_rows;
   if (grad_summed.has_value()) added_rows = as_rows(*grad_summed);
-  const std::optional<Tensor> w = row_vector(weight, vector_type, "weight");
+  const bool widest = takes_widest(grad_rows) && takes_widest(rows) && (!added_rows || takes_widest(*added_rows));
+  const std::optional<Tensor> w = row_vector(weight, vector_type, widest, "weight");
   const Tensor row_mean = as_contiguous(mean), row_rstd = as_contiguous(rstd);
   for_dtypes(dtype, alike ? dtype : DType::float32, [&]<typename T, typename W>() {
     const Backward<T, W> args{
@@ -399,9 +398,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
         .grad_summed_stride = added_rows.has_value() ? added_rows->stride : 0,
         .summed_stride = rows.stride,
     };
-    const bool widest = takes_widest(args.grad_output, args.grad_output_stride, column_count) &&
-                        takes_widest(args.grad_summed, args.grad_summed_stride, column_count) &&
-                        takes_widest(args.summed, args.summed_stride, column_count) && takes_widest(args.weight);
     const VectorGrads<W> grads{grad_weight, grad_bias};
     widest ? launch_backward<T, W, kWidest<T>>(args, grads, summed, device)
            : launch_backward<T, W, 1>(args, grads, summed, device);

@@ -1,22 +1,24 @@
 // Sums over rows, shares of grad_weight and of grad_bias: a thread's own, and those of a block's teams together.
 #pragma once
 
-#include "device.cuh"
+#include "rows.cuh"
 
 namespace fastformer::cuda {
 
-// A thread's, of kCount columns: in registers, or in shared memory, where no other thread touches them. `shared` is
-// then the block's room for 2 kCount floats a thread.
+// A thread's, of kCount columns: in registers, or in shared memory, where no other thread touches them. There the first
+// `used` columns have room, 2 floats each, in `shared` of a block of kLargeBlock threads, and only they may be touched.
 template <int kCount, bool kInShared>
 class Sums {
  public:
-  FASTFORMER_DEVICE explicit Sums(float* shared = nullptr) {
+  FASTFORMER_DEVICE explicit Sums(float* shared = nullptr, int used = kCount) {
     if constexpr (kInShared) shared_ = shared + threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) weight(i) = bias(i) = 0.0f;
+    for (int i = 0; i < kCount; ++i) {
+      if (i < used) weight(i) = bias(i) = 0.0f;
+    }
   }
-  FASTFORMER_DEVICE float& weight(int i) { return kInShared ? shared_[2 * i * blockDim.x] : weight_[i]; }
-  FASTFORMER_DEVICE float& bias(int i) { return kInShared ? shared_[(2 * i + 1) * blockDim.x] : bias_[i]; }
+  FASTFORMER_DEVICE float& weight(int i) { return kInShared ? shared_[2 * i * kLargeBlock] : weight_[i]; }
+  FASTFORMER_DEVICE float& bias(int i) { return kInShared ? shared_[(2 * i + 1) * kLargeBlock] : bias_[i]; }
 
  private:
   float weight_[kInShared ? 1 : kCount], bias_[kInShared ? 1 : kCount];

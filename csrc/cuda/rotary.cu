@@ -42,29 +42,6 @@ struct Rotation {
   float direction;  // -1 turns back: by the negative angle
 };
 
-// kCount neighbours, as few accesses as there can be where `from` is kAligned to all their bytes, or to 16.
-template <int kCount, bool kAligned, typename T>
-FASTFORMER_DEVICE void load_floats(float (&to)[kCount], const T* from) {
-  constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kPack) {
-    const Pack<T, kPack> pack = load<kPack>(from + i);
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) to[i + j] = to_float(pack.values[j]);
-  }
-}
-template <int kCount, bool kAligned, typename T>
-FASTFORMER_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
-  constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
-#pragma unroll
-  for (int i = 0; i < kCount; i += kPack) {
-    Pack<T, kPack> pack;
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) pack.values[j] = from_float<T>(from[i + j]);
-    store<kPack>(to + i, pack);
-  }
-}
-
 // One head at one position.
 template <typename T>
 struct Row {
@@ -103,34 +80,34 @@ __global__ void __launch_bounds__(kThreads) rotate(const Rotation<T, Angle> args
 
   for (int64_t i = threadIdx.x * kPairs; i < args.angles; i += blockDim.x * kPairs) {
     float c[kPairs], s[kPairs];
-    load_floats<kPairs, kAligned>(c, cos + i);
-    load_floats<kPairs, kAligned>(s, sin + i);
+    load_floats<kAligned>(c, cos + i);
+    load_floats<kAligned>(s, sin + i);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) s[j] *= args.direction;
     for (int64_t head = first_head; head < heads; head += head_step) {
       const Row<T> row = row_of(args, place, batch, position, head);
       if constexpr (kInterleaved) {
         float pairs[2 * kPairs];
-        load_floats<2 * kPairs, kAligned>(pairs, row.from + 2 * i);
+        load_floats<kAligned>(pairs, row.from + 2 * i);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
           const float first = pairs[2 * j], second = pairs[2 * j + 1];
           pairs[2 * j] = first * c[j] - second * s[j];
           pairs[2 * j + 1] = second * c[j] + first * s[j];
         }
-        store_floats<2 * kPairs, kAligned>(row.to + 2 * i, pairs);
+        store_floats<kAligned>(row.to + 2 * i, pairs);
       } else {
         float first[kPairs], second[kPairs];
-        load_floats<kPairs, kAligned>(first, row.from + i);
-        load_floats<kPairs, kAligned>(second, row.from + args.angles + i);
+        load_floats<kAligned>(first, row.from + i);
+        load_floats<kAligned>(second, row.from + args.angles + i);
 #pragma unroll
         for (int j = 0; j < kPairs; ++j) {
           const float old = first[j];
           first[j] = old * c[j] - second[j] * s[j];
           second[j] = second[j] * c[j] + old * s[j];
         }
-        store_floats<kPairs, kAligned>(row.to + i, first);
-        store_floats<kPairs, kAligned>(row.to + args.angles + i, second);
+        store_floats<kAligned>(row.to + i, first);
+        store_floats<kAligned>(row.to + args.angles + i, second);
       }
     }
   }
@@ -167,11 +144,11 @@ Tensor new_output(const Tensor& input) {
 }
 
 // Whether every access to rows of it, each `width` wide, can be of `bytes`.
-bool is_aligned(const Tensor& tensor, int64_t width, int64_t bytes) {
+bool takes_accesses(const Tensor& tensor, int64_t width, int64_t bytes) {
   const int64_t size = tensor.element_size();
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0 && width * size % bytes == 0;
-  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) aligned = aligned && tensor.stride(i) * size % bytes == 0;
-  return aligned;
+  bool all = is_aligned(tensor, bytes) && width * size % bytes == 0;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) all = all && tensor.stride(i) * size % bytes == 0;
+  return all;
 }
 
 template <typename T>
@@ -186,8 +163,10 @@ Table<Angle> describe(const Tensor& angles) {
   return {pointer<Angle>(angles), position == 1 ? angles.stride(0) : 0, angles.stride(position)};
 }
 
-std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                  bool interleaved, bool inverse) {
+// Backward is the inverse: the gradients of the results, turned back.
+template <bool kInverse>
+std::tuple<Tensor, Tensor> rotary(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
+                                  bool interleaved) {
   const OnDevice device(query);
   const DType dtype = dtype_of(query, "query");
   check_rotary(query, key, cos, sin);
@@ -213,12 +192,12 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
         .seqlen = query.size(2),
         .head_dim = D,
         .angles = R,
-        .direction = inverse ? -1.0f : 1.0f,
+        .direction = kInverse ? -1.0f : 1.0f,
     };
     constexpr int kPairs = kPairsAThread<kInterleaved, kWidest<T>>;
     constexpr int64_t kAngleBytes = std::min(kPairs * sizeof(Angle), size_t{16});
-    const bool aligned = R % kPairs == 0 && is_aligned(q, D, 16) && is_aligned(k, D, 16) &&
-                         is_aligned(c, R, kAngleBytes) && is_aligned(s, R, kAngleBytes);
+    const bool aligned = R % kPairs == 0 && takes_accesses(q, D, 16) && takes_accesses(k, D, 16) &&
+                         takes_accesses(c, R, kAngleBytes) && takes_accesses(s, R, kAngleBytes);
     aligned ? launch_rotate<T, Angle, kInterleaved, kWidest<T>>(args, device.stream)
             : launch_rotate<T, Angle, kInterleaved, 1>(args, device.stream);
   };
@@ -232,20 +211,10 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& query, const Tensor& key, const 
   return {query_out, key_out};
 }
 
-std::tuple<Tensor, Tensor> rotary_forward(const Tensor& query, const Tensor& key, const Tensor& cos, const Tensor& sin,
-                                          bool interleaved) {
-  return rotate(query, key, cos, sin, interleaved, false);
-}
-
-std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad_query, const Tensor& grad_key, const Tensor& cos,
-                                           const Tensor& sin, bool interleaved) {
-  return rotate(grad_query, grad_key, cos, sin, interleaved, true);
-}
-
 }  // namespace
 }  // namespace fastformer::cuda
 
 FASTFORMER_CUDA_LIBRARY(m) {
-  m.impl("rotary_forward", TORCH_BOX(&fastformer::cuda::rotary_forward));
-  m.impl("rotary_backward", TORCH_BOX(&fastformer::cuda::rotary_backward));
+  m.impl("rotary_forward", TORCH_BOX(&fastformer::cuda::rotary<false>));
+  m.impl("rotary_backward", TORCH_BOX(&fastformer::cuda::rotary<true>));
 }

@@ -1,4 +1,4 @@
-// What kernels over rows share: which threads work on a row, their sums and maxima, and how wide they read.
+// What kernels over rows share: which threads work on a row, how they read and write it, their sums and maxima.
 #pragma once
 
 #include "common.h"
@@ -14,7 +14,8 @@ constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
 template <int kPack>
 constexpr int kHeld = kPack == 1 ? 16 : 4 * kPack;
 
-// A team is the threads that share a row: kLanes neighbours in a warp, or the whole block.
+// A team is the threads that share a row: kLanes neighbours in a warp, or the whole block. kLanes is then kBlock, or
+// kLargeBlock if the block has that size always: so that places a whole number of teams apart cost one address.
 constexpr int kBlock = 0;
 constexpr int kSmallBlock = 128;  // threads of a block of several teams
 constexpr int kLargeBlock = 512;  // at most, of a block that is one: 1024 would have 64 registers each, too few
@@ -22,13 +23,14 @@ constexpr int kLargeBlock = 512;  // at most, of a block that is one: 1024 would
 template <int kLanes>
 class Team {
  public:
-  static constexpr int kThreads = kLanes == kBlock ? kLargeBlock : kSmallBlock;  // of the block, at most
-  static constexpr int kSharedBytes = kLanes == kBlock ? 2 * kWarp * static_cast<int>(sizeof(float)) : 0;
+  static constexpr bool kIsBlock = kLanes == kBlock || kLanes == kLargeBlock;
+  static constexpr int kThreads = kIsBlock ? kLargeBlock : kSmallBlock;  // of the block, at most
+  static constexpr int kSharedBytes = kIsBlock ? 2 * kWarp * static_cast<int>(sizeof(float)) : 0;
 
   FASTFORMER_DEVICE int size() const { return kLanes == kBlock ? blockDim.x : kLanes; }
-  FASTFORMER_DEVICE int rank() const { return kLanes == kBlock ? threadIdx.x : threadIdx.x % kLanes; }
+  FASTFORMER_DEVICE int rank() const { return kIsBlock ? threadIdx.x : threadIdx.x % kLanes; }
   FASTFORMER_DEVICE int64_t row() const {
-    if constexpr (kLanes == kBlock) {
+    if constexpr (kIsBlock) {
       return blockIdx.x;
     } else {
       return static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
@@ -60,7 +62,7 @@ class Team {
 
   template <typename Combine>
   FASTFORMER_DEVICE float over_team(float x, float nothing, Combine combine) {
-    if constexpr (kLanes != kBlock) {
+    if constexpr (!kIsBlock) {
       return over_lanes<kLanes>(x, combine);
     } else {
       // One barrier each: the two halves of the scratch memory take turns. A thread writes to a half again only after
@@ -71,12 +73,75 @@ class Team {
       const int lane = threadIdx.x % kWarp;
       if (lane == 0) each_warp[threadIdx.x / kWarp] = x;
       __syncthreads();
-      return over_lanes<kWarp>(lane < static_cast<int>(blockDim.x / kWarp) ? each_warp[lane] : nothing, combine);
+      return over_lanes<kWarp>(lane < size() / kWarp ? each_warp[lane] : nothing, combine);
     }
   }
 
   int turn_ = 0;
 };
+
+// Calls apply(first, column) for each pack of a thread's columns before `columns`: `first` is the place of its first
+// element among the kCount that the thread holds.
+template <int kPack, int kCount, int kLanes, typename Apply>
+FASTFORMER_DEVICE void for_packs(const Team<kLanes>& team, int columns, Apply apply) {
+#pragma unroll
+  for (int p = 0; p < kCount / kPack; ++p) {
+    const int column = team.template column<kPack>(p);
+    if (column < columns) apply(p * kPack, column);
+  }
+}
+
+// 0 where a column doesn't exist.
+template <int kPack, typename T, int kCount, int kLanes>
+FASTFORMER_DEVICE void load_row(T (&values)[kCount], const T* row, int columns, const Team<kLanes>& team) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = T{};
+  for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
+    const Pack<T, kPack> pack = load<kPack>(row + column);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) values[first + i] = pack.values[i];
+  });
+}
+
+// V: T, or float, which is rounded.
+template <int kPack, typename T, typename V, int kCount, int kLanes>
+FASTFORMER_DEVICE void store_row(T* row, const V (&values)[kCount], int columns, const Team<kLanes>& team) {
+  for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
+    Pack<T, kPack> pack;
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      if constexpr (__is_same(T, V)) {
+        pack.values[i] = values[first + i];
+      } else {
+        pack.values[i] = from_float<T>(values[first + i]);
+      }
+    }
+    store(row + column, pack);
+  });
+}
+
+// kCount neighbours as float, in as few accesses as there can be if `from` is kAligned to all their bytes, or to 16.
+template <bool kAligned, int kCount, typename T>
+FASTFORMER_DEVICE void load_floats(float (&to)[kCount], const T* from) {
+  constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPack) {
+    const Pack<T, kPack> pack = load<kPack>(from + i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) to[i + j] = to_float(pack.values[j]);
+  }
+}
+template <bool kAligned, int kCount, typename T>
+FASTFORMER_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
+  constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kPack) {
+    Pack<T, kPack> pack;
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) pack.values[j] = from_float<T>(from[i + j]);
+    store(to + i, pack);
+  }
+}
 
 // What is left of a row to one step of a loop over it: `step` at most, and 0 beyond the end.
 FASTFORMER_DEVICE int at_most(int step, int64_t left) {
@@ -113,10 +178,14 @@ inline Rows as_rows(const Tensor& x) {
   return {x, count, columns, stride};
 }
 
+inline bool is_aligned(const Tensor& tensor, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
 // Whether every access to such rows can be of the widest kind.
-template <typename T>
-bool takes_widest(const T* data, int64_t stride, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % kWidest<T> == 0 && columns % kWidest<T> == 0;
+inline bool takes_widest(const Rows& rows) {
+  const int64_t widest = 16 / rows.tensor.element_size();
+  return is_aligned(rows.tensor) && rows.stride % widest == 0 && rows.columns % widest == 0;
 }
 
 // Calls body.operator()<kLanes, kLooped>(grid, block) for rows of which a thread holds kHeldColumns. Eight lanes have

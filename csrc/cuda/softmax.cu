@@ -2,6 +2,9 @@
 // dimensions together), C columns. A row is held in registers where it fits (rows.cuh). A wider one is read once if
 // shared memory holds it, else twice, the first time for its maximum and its sum together (Milakov and Gimelshein,
 // "Online normalizer calculation for softmax", 2018).
+#include <algorithm>
+
+#include "../mask.h"
 #include "rows.cuh"
 
 namespace fastformer::cuda {
@@ -94,20 +97,10 @@ FASTFORMER_DEVICE float greatest(const float (&values)[kCount]) {
   return result;
 }
 
-// Each of `values` times `factor` to this thread's columns before `end`.
-template <typename T, int kPack, int kLanes>
-FASTFORMER_DEVICE void store_row(T* row, const float (&values)[kHeld<kPack>], float factor, int end,
-                                 const Team<kLanes>& team) {
+template <int kCount>
+FASTFORMER_DEVICE void multiply(float (&values)[kCount], float factor) {
 #pragma unroll
-  for (int p = 0; p < kHeld<kPack> / kPack; ++p) {
-    const int column = team.template column<kPack>(p);
-    if (column < end) {
-      Pack<T, kPack> pack;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) pack.values[i] = from_float<T>(values[p * kPack + i] * factor);
-      store(row + column, pack);
-    }
-  }
+  for (int i = 0; i < kCount; ++i) values[i] *= factor;
 }
 
 // The columns of a row that it has, or that it sees if causal.
@@ -142,7 +135,8 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads)
   }
   total = team.sum(total);
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  store_row<T, kPack>(output + row * column_count, scores, inverse, exists ? static_cast<int>(column_count) : 0, team);
+  multiply(scores, inverse);
+  store_row<kPack>(output + row * column_count, scores, exists ? static_cast<int>(column_count) : 0, team);
 }
 
 template <typename T, int kPack, bool kMasked>
@@ -183,23 +177,8 @@ __global__ void __launch_bounds__(kLargeBlock, 1)  // 1: else ptxas stops at 64 
                                    at_most(step, visible - start), scale, team);
 #pragma unroll
     for (int i = 0; i < kHeld<kPack>; ++i) scores[i] = exp_below(scores[i], row_peak);
-    store_row<T, kPack>(output_row + start, scores, inverse, at_most(step, column_count - start), team);
-  }
-}
-
-// This thread's columns of a row; 0 from column `end` on. `kept`: gets a copy.
-template <typename T, int kPack, int kLanes>
-FASTFORMER_DEVICE void load_row(T (&values)[kHeld<kPack>], const T* row, T* kept, int end, const Team<kLanes>& team) {
-#pragma unroll
-  for (int p = 0; p < kHeld<kPack> / kPack; ++p) {
-    const int column = team.template column<kPack>(p);
-    Pack<T, kPack> pack{};
-    if (column < end) {
-      pack = load<kPack>(row + column);
-      if (kept != nullptr) store(kept + column, pack);
-    }
-#pragma unroll
-    for (int i = 0; i < kPack; ++i) values[p * kPack + i] = pack.values[i];
+    multiply(scores, inverse);
+    store_row<kPack>(output_row + start, scores, at_most(step, column_count - start), team);
   }
 }
 
@@ -225,15 +204,16 @@ __global__ void __launch_bounds__(Team<kLanes>::kThreads)
   const int64_t row = team.row();
   const int columns = row < row_count ? static_cast<int>(column_count) : 0;
   T grad[kHeld<kPack>], probability[kHeld<kPack>];
-  load_row<T, kPack>(grad, grad_output + row * grad_stride, nullptr, columns, team);
-  load_row<T, kPack>(probability, output + row * output_stride, nullptr, columns, team);
+  load_row<kPack>(grad, grad_output + row * grad_stride, columns, team);
+  load_row<kPack>(probability, output + row * output_stride, columns, team);
   // The second sum takes off what rounding left in the first: all of the answer where one probability is close to 1.
   const float mean = team.sum(weighted_sum(grad, probability, 0.0f));
   const float rest = team.sum(weighted_sum(grad, probability, mean));
   float result[kHeld<kPack>];
 #pragma unroll
   for (int i = 0; i < kHeld<kPack>; ++i) result[i] = to_float(probability[i]) * (to_float(grad[i]) - mean - rest);
-  store_row<T, kPack>(grad_input + row * column_count, result, scale, columns, team);
+  multiply(result, scale);
+  store_row<kPack>(grad_input + row * column_count, result, columns, team);
 }
 
 template <typename T, int kPack>
@@ -254,8 +234,12 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
   float mean = 0.0f;
   for (int64_t start = 0; start < column_count; start += step) {
     const int end = at_most(step, column_count - start);
-    load_row<T, kPack>(grad, grad_row + start, keeps ? kept_grad + start : nullptr, end, team);
-    load_row<T, kPack>(probability, output_row + start, keeps ? kept_output + start : nullptr, end, team);
+    load_row<kPack>(grad, grad_row + start, end, team);
+    load_row<kPack>(probability, output_row + start, end, team);
+    if (keeps) {
+      store_row<kPack>(kept_grad + start, grad, end, team);
+      store_row<kPack>(kept_output + start, probability, end, team);
+    }
     mean += weighted_sum(grad, probability, 0.0f);
   }
   mean = team.sum(mean);
@@ -266,20 +250,21 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
     float rest = 0.0f;
     for (int64_t start = 0; start < column_count; start += step) {
       const int end = at_most(step, column_count - start);
-      load_row<T, kPack>(grad, grad_source + start, nullptr, end, team);
-      load_row<T, kPack>(probability, output_source + start, nullptr, end, team);
+      load_row<kPack>(grad, grad_source + start, end, team);
+      load_row<kPack>(probability, output_source + start, end, team);
       rest += weighted_sum(grad, probability, mean);
     }
     mean += team.sum(rest);
   }
   for (int64_t start = 0; start < column_count; start += step) {
     const int end = at_most(step, column_count - start);
-    load_row<T, kPack>(grad, grad_source + start, nullptr, end, team);
-    load_row<T, kPack>(probability, output_source + start, nullptr, end, team);
+    load_row<kPack>(grad, grad_source + start, end, team);
+    load_row<kPack>(probability, output_source + start, end, team);
     float result[kHeld<kPack>];
 #pragma unroll
     for (int i = 0; i < kHeld<kPack>; ++i) result[i] = to_float(probability[i]) * (to_float(grad[i]) - mean);
-    store_row<T, kPack>(result_row + start, result, scale, end, team);
+    multiply(result, scale);
+    store_row<kPack>(result_row + start, result, end, team);
   }
 }
 
@@ -332,17 +317,14 @@ Mask broadcast(const std::optional<Tensor>& mask, const Tensor& input) {
   check_device(*mask, "mask", input, "input");
   const int64_t dims = input.dim();
   STD_TORCH_CHECK(dims <= 4 && mask->dim() <= dims, "mask: input may have at most 4 dimensions");
-  const bool boolean = mask->scalar_type() == ScalarType::Bool;
-  result.kind = boolean ? MaskKind::boolean : MaskKind::additive;
-  if (!boolean) result.dtype = dtype_of(*mask, "mask");
+  const auto size = [&](int64_t from_last) { return dims >= from_last ? input.size(dims - from_last) : 1; };
+  const BroadcastMask applied = broadcast_mask(mask, {size(4), size(3), size(2), size(1)});
+  std::copy_n(applied.strides, 4, result.strides);
   result.data = pointer(mask);
-  for (int64_t from_last = 1; from_last <= mask->dim(); ++from_last) {
-    const int64_t size = mask->size(mask->dim() - from_last);
-    STD_TORCH_CHECK(size == input.size(dims - from_last) || size == 1, "mask must broadcast to input");
-    result.strides[4 - from_last] = size == 1 ? 0 : mask->stride(mask->dim() - from_last);
-  }
-  result.rows = dims >= 2 ? input.size(dims - 2) : 1;
-  result.heads = dims >= 3 ? input.size(dims - 3) : 1;
+  result.kind = applied.kind;
+  result.dtype = applied.dtype;
+  result.heads = size(3);
+  result.rows = size(2);
   return result;
 }
 
@@ -375,8 +357,7 @@ Tensor softmax_forward(const Tensor& input, const std::optional<Tensor>& mask, d
         launch_forward<T, kPack, false>(rows, output, applied, causal_rows, factor, device);
       }
     };
-    takes_widest(pointer<T>(rows.tensor), rows.stride, rows.columns) ? run.template operator()<kWidest<T>>()
-                                                                     : run.template operator()<1>();
+    takes_widest(rows) ? run.template operator()<kWidest<T>>() : run.template operator()<1>();
   });
   return output;
 }
@@ -391,9 +372,8 @@ Tensor softmax_backward(const Tensor& grad_output, const Tensor& output, double 
   const Tensor grad_input = empty_of_sizes(output);
   if (output.numel() == 0) return grad_input;
   const Rows grad = as_rows(grad_output), rows = as_rows(output);
+  const bool widest = takes_widest(grad) && takes_widest(rows);
   for_dtype(dtype, [&]<typename T>() {
-    const bool widest = takes_widest(pointer<T>(grad.tensor), grad.stride, grad.columns) &&
-                        takes_widest(pointer<T>(rows.tensor), rows.stride, rows.columns);
     const float factor = static_cast<float>(scale);
     widest ? launch_backward<T, kWidest<T>>(grad, rows, grad_input, factor, device)
            : launch_backward<T, 1>(grad, rows, grad_input, factor, device);
