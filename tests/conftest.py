@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import register_random, settings
+from simt.every_kernel import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 from support import needs_library
 
 import fastformer

@@ -5,15 +5,18 @@ The kernels are those of tests/simt/kernels; "kernel: bug" is the kernel with th
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import simt
 import torch
+from simt import every_kernel
 from tensor_layouts import CopyAtom, Layout, atoms_nv, size
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="needs a C++ compiler")
@@ -25,8 +28,11 @@ SEEDS = [None, *range(20)]
 @pytest.fixture
 def emulator() -> Iterator[ModuleType]:
     module = simt.load()
+    module.set_patience(accesses=10_000, synchronisations=1000, seconds=0.2)
     yield module
     module.set_seed(None)
+    module.set_device()
+    module.set_patience()
 
 
 def run(
@@ -95,6 +101,12 @@ class Runs:
         x, count = torch.randn(2 * 64 * 8).bfloat16(), torch.zeros(1, dtype=torch.int32)
         run(emulator, name, [x], [torch.zeros_like(x), count], 2, 64)
 
+    @staticmethod
+    def mistakes(emulator: ModuleType, name: str) -> None:
+        run(emulator, name, [torch.zeros(64, dtype=torch.int32)], [torch.zeros(64, dtype=torch.int32)], 6)
+
+    loop = memory = local = halves = heads = mistakes
+
 
 RIGHT = {
     "block_sum": Runs.block_sum,
@@ -118,6 +130,14 @@ def test_right_kernel_is_right_and_silent_on_every_schedule(emulator: ModuleType
 @pytest.mark.parametrize("name", ["neighbours", "atomically", "packs"])
 def test_right_access_is_silent(emulator: ModuleType, name: str) -> None:
     Runs.accesses(emulator, name)
+
+
+@pytest.mark.parametrize("name", ["memory", "memory by a struct"])
+def test_arguments_by_value_may_be_read(emulator: ModuleType, name: str) -> None:
+    numbers, out = torch.arange(32, dtype=torch.int32), torch.full((32,), -1, dtype=torch.int32)
+    run(emulator, name, [numbers], [out])
+    copied = torch.where(numbers < 4, numbers, 0)
+    torch.testing.assert_close(out, copied if name == "memory" else copied + numbers, rtol=0, atol=0)
 
 
 THREADS, STEPS, BYTES = 96, 5, 64
@@ -261,7 +281,7 @@ BUGS = [
     Planted(
         "pipeline: not awaited full", "race", 32, READ_BUFFER, 31, "pipeline.cu: = 2.0f * in", address="shared + 124 "
     ),
-    Planted("pipeline: not awaited empty", "race", 43, READ_BUFFER, 20, "pipeline.cu: = 2.0f * in"),
+    Planted("pipeline: not awaited empty", "race", 0, "pipeline.cu: = 2.0f * in", 63, READ_BUFFER),
     Planted("pipeline: wrong count", "bad call", 32, WAIT_FULL),
     Planted(
         "warp_scan: no syncwarp", "race", 1, "warp_scan.cu: again += scratch[i]", 0, "warp_scan.cu: scratch[lane] = x"
@@ -283,6 +303,22 @@ BUGS = [
     Planted(
         "writes input", "written where only reads are allowed", 0, "accesses.cu: const_cast", address="argument 0 + 0 "
     ),
+    Planted("loop: on memory", "endless", 0, "mistakes.cu: const_cast<const volatile"),
+    Planted("loop: without an access", "endless", 0, "mistakes.cu: // stays odd"),
+    Planted("loop: on a barrier", "endless", 0, "mistakes.cu: __syncthreads();  // without end"),
+    Planted("loop: on a vote", "endless", 0, "mistakes.cu: while (__any_sync"),
+    Planted("memory: host's stack", "out of bounds", 0, "mistakes.cu: // of a pointer"),
+    Planted("memory: host's heap", "out of bounds", 0, "mistakes.cu: // of a pointer"),
+    Planted("memory: struct of host's stack", "out of bounds", 0, "mistakes.cu: += from.data["),
+    Planted("memory: struct of host's heap", "out of bounds", 0, "mistakes.cu: += from.data["),
+    Planted("memory: neighbour's", "out of bounds", 1, "mistakes.cu: = *shared[0]", address="local memory of thread 0"),
+    Planted("local: array", "out of bounds", 4, "mistakes.cu: = sums[thread]"),
+    Planted("local: pack", "out of bounds", 4, "mistakes.cu: = pack.values[thread]"),
+    Planted("local: cast", "misaligned", 1, "mistakes.cu: // of a cast pointer", address="argument 0 + 4 "),
+    Planted("halves: one", "deadlock", 63, "mistakes.cu: if constexpr (kHalf == Half::one) __syncthreads()"),
+    Planted("halves: one, the other ends", "divergence", 0, "mistakes.cu: // of one half"),
+    Planted("halves: each its own", "bad call", 16, "mistakes.cu: // another for each half"),
+    Planted("heads: read", "uninitialised", 0, "mistakes.cu: // to what was there"),
     Planted("reads output", "race", 1, "accesses.cu: out[at] = out[at + 1]", 0, "accesses.cu: out[at] = out[at + 1]"),
 ]
 
@@ -331,6 +367,60 @@ def test_deadlock_says_what_each_thread_waits_for(emulator: ModuleType) -> None:
     empty, full = line("pipeline.cu: ptx::barrier_sync(3 + tile % 2"), line(WAIT_FULL)
     assert f"threads 0-31 wait in barrier_sync of barrier 3 at {empty}" in str(error.value)
     assert f"threads 32-63 wait in barrier_sync of barrier 1 at {full}" in str(error.value)
+
+
+def test_findings_need_no_addr2line(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match=r"divergence: thread 32 of block 0 in __syncthreads at 0x\w+; thread 0 "):
+        Runs.warp_scan(emulator, "warp_scan: divergent")
+    assert len(emulator.kernels()) >= len(emulator.launched()) > 0
+    assert emulator.findings()[0].kernel in emulator.kernels().values()
+
+
+@pytest.mark.parametrize("parameter, refused", [("const int&", True), ("int", False)])
+def test_parameters_that_are_references_are_refused(tmp_path: Path, parameter: str, refused: bool) -> None:
+    source = tmp_path / "launch.cpp"
+    source.write_text(
+        f'#include "simt.h"\n__global__ void kernel({parameter}) {{}}\n'
+        "void run(int x) { simt::launch(&kernel, 1, 1, 0, x); }\n"
+    )
+    command = [simt.compiler(), "-std=c++20", "-fsyntax-only", f"-I{KERNELS.parent}", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert ("can't refer to the host's memory" in result.stderr) == refused, result.stderr
+    assert (result.returncode != 0) == refused
+
+
+def test_shared_memory_is_limited_to_the_device_s(emulator: ModuleType) -> None:
+    emulator.set_device(shared_bytes=512)
+    Runs.block_sum(emulator, "block_sum")
+    emulator.set_device(shared_bytes=511)
+    with pytest.raises(RuntimeError, match="more shared memory than a block can have"):
+        Runs.block_sum(emulator, "block_sum")
+
+
+def test_what_was_launched_is_known(emulator: ModuleType) -> None:
+    Runs.accesses(emulator, "packs")
+    launched = [name for address, name in emulator.kernels().items() if address in emulator.launched()]
+    assert any(name.startswith("touch<(What)3>(") for name in launched)
+
+
+@pytest.mark.parametrize(
+    "launched, option, failed", [({1}, {}, True), ({1, 2}, {}, False), ({1}, {"keyword": "softmax"}, False)]
+)
+def test_a_whole_run_fails_if_a_kernel_was_not_launched(
+    monkeypatch: pytest.MonkeyPatch, launched: set[int], option: dict[str, str], failed: bool
+) -> None:
+    module = SimpleNamespace(kernels=lambda: {1: "launched", 2: "forgotten"}, launched=lambda: launched)
+    monkeypatch.setitem(sys.modules, "fastformer_simt", module)
+    monkeypatch.setattr(every_kernel, "_launched", set())
+    monkeypatch.setattr(every_kernel, "_missing", [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = SimpleNamespace(**{"keyword": "", "markexpr": "", "collectonly": False, **option})
+    config = SimpleNamespace(args_source=pytest.Config.ArgsSource.TESTPATHS, args=[], option=options)
+    session = SimpleNamespace(config=config, testsfailed=0, exitstatus=0)
+    every_kernel.pytest_sessionfinish(session)
+    assert (session.exitstatus != 0) == failed
+    assert every_kernel._missing == (["forgotten"] if failed else [])
 
 
 def test_wrong_fragments_give_a_wrong_product(emulator: ModuleType) -> None:

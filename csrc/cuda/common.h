@@ -26,8 +26,8 @@ class OnDevice {
 
 #ifdef FASTFORMER_SIMT
   explicit OnDevice(const Tensor&) {}
-  int multiprocessors() const { return 4; }
-  int64_t shared_memory_limit() const { return simt::kMaxShared; }
+  int multiprocessors() const { return simt::device.multiprocessors; }
+  int64_t shared_memory_limit() const { return static_cast<int64_t>(simt::device.shared_bytes); }
 
  private:
   simt::Call call_;  // forgets the memory of the call before
@@ -81,12 +81,19 @@ T* mutable_pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? mutable_pointer<T>(*tensor) : nullptr;
 }
 
-inline Tensor empty_like_sizes(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  Tensor fresh = new_tensor(like, sizes, dtype);
+// Tells the emulator that nobody has written this tensor yet.
+inline Tensor unwritten(Tensor fresh) {
 #ifdef FASTFORMER_SIMT
   simt::unwritten(fresh.mutable_data_ptr(), extent_in_bytes(fresh));
 #endif
   return fresh;
+}
+
+inline Tensor empty_like_sizes(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return unwritten(new_tensor(like, sizes, dtype));
+}
+inline Tensor new_heads(const Tensor& like, int64_t batch, int64_t heads, int64_t seqlen, int64_t width) {
+  return unwritten(fastformer::new_heads(like, batch, heads, seqlen, width));
 }
 
 // Calls body.operator()<T>() for the element type.

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+
 #include "runtime.h"
 #include "schedule.h"
 #include "test_kernels.h"
@@ -28,6 +30,28 @@ PYBIND11_MODULE(fastformer_simt, m) {
   m.def(
       "counters", [] { return simt::counters(); },
       "How many launches, switches of fibers and accesses there were since the module was loaded.");
+  m.def(
+      "kernels", [] { return simt::names_of(simt::kernels()); },
+      "The kernels there are, {address in the module: name}.");
+  m.def("launched", [] { return simt::launched(); }, "Addresses of the kernels launched since the module was loaded.");
+  m.def(
+      "set_device",
+      [](size_t shared_bytes, int multiprocessors) {
+        if (shared_bytes > simt::kMostShared) throw std::invalid_argument("no device has so much shared memory");
+        simt::device = {shared_bytes, multiprocessors};
+      },
+      py::arg("shared_bytes") = simt::Device().shared_bytes,
+      py::arg("multiprocessors") = simt::Device().multiprocessors,
+      "What the kernels are told of the device: bytes of shared memory a block can have, and multiprocessors.");
+  m.def(
+      "set_patience",
+      [](uint64_t accesses, uint64_t synchronisations, double seconds) {
+        simt::patience = {accesses, synchronisations, seconds};
+      },
+      py::arg("accesses") = simt::Patience().accesses, py::arg("synchronisations") = simt::Patience().synchronisations,
+      py::arg("seconds") = simt::Patience().seconds,
+      "A kernel never ends whose thread makes so many accesses without a switch to another, or whose threads each "
+      "synchronise so often in a block, or which does neither for so many seconds.");
   m.def("run", &simt::run_test_kernel, py::arg("name"), py::arg("tensors"), py::arg("numbers"),
         "Launches a kernel of tests/simt/kernels. tensors: (address, bytes, read | write | fill).");
 }

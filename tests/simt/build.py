@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -19,15 +20,22 @@ HERE = ROOT / "tests" / "simt"
 WORK = ROOT / "build" / "simt"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# The hooks of -fsanitize=thread are the emulator's own: nothing is linked with that flag.
-KERNEL_FLAGS = ["-x c++", "-O1", "-g1", "-fsanitize=thread", "-DFASTFORMER_SIMT", "-Wno-unknown-pragmas", f"-I{HERE}"]
+KERNEL_FLAGS = ["-x c++", "-O1", "-g1", "-DFASTFORMER_SIMT", "-Wno-unknown-pragmas", f"-I{HERE}"]
+# What -fsanitize calls is the emulator's own: nothing is linked with that flag.
+KERNEL_FLAGS += ["-fsanitize=thread,alignment,bounds-strict"]
 KERNEL_FLAGS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]  # else expanded without hooks
 RUNTIME_FLAGS = ["-O2"]
 
 
+@functools.cache
 def compiler() -> str | None:
-    """The C++ compiler, $CXX or a g++; None without one."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    """GCC's C++ compiler, which has the hooks: $CXX or one on the path; None without one."""
+    for name in (os.environ.get("CXX"), "g++", "c++"):
+        if name and shutil.which(name):
+            version = subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout
+            if "Free Software Foundation" in version:
+                return name
+    return None
 
 
 def build() -> Path:
@@ -54,7 +62,7 @@ def build() -> Path:
 def load() -> ModuleType:
     """The module, built if need be, imported once; its operators are then in ``torch.ops.fastformer_simt``.
 
-    set_seed(int | None), findings(), counters() and run(name, tensors, numbers) are in it.
+    Its functions are those of bindings.cpp.
     """
     name = "fastformer_simt"
     if name in sys.modules:

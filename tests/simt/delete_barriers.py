@@ -69,7 +69,9 @@ def first_failure(tests: tuple[str, ...]) -> str:
         raise RuntimeError(f"pytest did not run the tests:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     found = re.search(r"^FAILED (.*)$", result.stdout, re.MULTILINE)
     report = re.search(
-        r"^E? +(race|uninitialised|copy under way|deadlock|divergence): .*$", result.stdout, re.MULTILINE
+        r"^E? +(race|uninitialised|copy under way|deadlock|divergence|bad call|endless): .*$",
+        result.stdout,
+        re.MULTILINE,
     )
     return (found.group(1) if found else "fails") + (f" [{report.group().lstrip('E ')}]" if report else "")
 

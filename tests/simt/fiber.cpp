@@ -1,5 +1,4 @@
 // Fibers, the schedule, and the launch.
-#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstring>
@@ -18,6 +17,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 
+Device device;
 State state;
 Thread* current = nullptr;
 std::array<Memory, 2> free_memory;
@@ -31,6 +31,7 @@ constexpr size_t kGuard = 4096;
 char* stacks = nullptr;
 void* host_stack_pointer = nullptr;
 std::recursive_mutex one_at_a_time;
+std::set<Code> launched_kernels;
 
 // Threads that may run. In order of arrival, or at random.
 class Ready {
@@ -105,20 +106,6 @@ void* new_fiber(char* stack, void (*entry)()) {
 }
 #endif
 
-// Where the stack of this thread of the host ends.
-uintptr_t end_of_host_stack() {
-  static thread_local const uintptr_t end = [] {
-    pthread_attr_t attributes;
-    void* begin = nullptr;
-    size_t bytes = 0;
-    if (pthread_getattr_np(pthread_self(), &attributes) != 0) return uintptr_t{0};
-    pthread_attr_getstack(&attributes, &begin, &bytes);
-    pthread_attr_destroy(&attributes);
-    return reinterpret_cast<uintptr_t>(begin) + bytes;
-  }();
-  return end;
-}
-
 char* stack_of(int thread) { return stacks + (kStack + kGuard) * thread + kGuard; }
 
 void make_stacks() {
@@ -133,7 +120,9 @@ void make_stacks() {
 void run(Thread& thread) {
   current = &thread;
   threadIdx = thread.at;
+  free_memory[0] = {reinterpret_cast<uintptr_t>(stack_of(thread.index)), kStack};
   ++state.switches;
+  state.most_accesses = state.accesses + patience.accesses;
 }
 
 // Leaves the fiber that runs for the next that can.
@@ -145,10 +134,13 @@ void run_next(void** save) {
       report_deadlock();
     }
   }
+  if (state.switches > state.most_switches && current->wait != Wait::exited) {
+    stop_endless(current->code, "threads synchronise for ever");
+  }
+  const Thread* left = current;
   Thread& next = state.threads[ready.pop()];
-  if (&next == current) return;
   run(next);
-  switch_to(save, next.stack_pointer);
+  if (&next != left) switch_to(save, next.stack_pointer);
 }
 
 void enter() {
@@ -181,6 +173,7 @@ void run_block() {
   }
   begin_block_memory();
   begin_block_synchronisation();
+  state.most_switches = state.switches + patience.synchronisations * state.num_threads;
   Thread& first = state.threads[ready.pop()];
   run(first);
   in_kernel = true;
@@ -194,7 +187,8 @@ void check_launch(const Launch& launch) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) refuse("a block of 0 or more than 1024 threads");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("a grid beyond (2^31 - 1, 65535, 65535)");
-  if (launch.shared_bytes > kMaxShared) refuse("more shared memory than a block can have");
+  if (launch.shared_bytes > device.shared_bytes) refuse("more shared memory than a block can have");
+  if (kernels().count(code_of(launch.kernel)) == 0) refuse("a function that is not __global__");
 }
 
 }  // namespace
@@ -211,7 +205,17 @@ void wake(Thread& thread) {
   ready.push(thread.index);
 }
 
-void yield(Thread& thread) { run_next(&thread.stack_pointer); }
+void yield(Thread& thread, Code code, const char* name) {
+  thread.code = code;
+  thread.waits_in = name;
+  run_next(&thread.stack_pointer);
+}
+
+std::string name_of_stack(uintptr_t address) {
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(stacks);
+  if (offset >= (kStack + kGuard) * kMaxThreads) return "";
+  return "local memory of thread " + std::to_string(offset / (kStack + kGuard));
+}
 
 void stop(Report finding) {
   state.aborted = true;
@@ -234,6 +238,18 @@ std::map<std::string, uint64_t> counters() {
   return {{"launches", state.launches}, {"switches", state.switches}, {"accesses", state.accesses}};
 }
 
+const std::set<Code>& kernels() {
+  static const std::set<Code> all = [] {
+    std::set<Code> codes;
+    for (auto at = __start___patchable_function_entries; at != __stop___patchable_function_entries; ++at) {
+      codes.insert(code_of(*at));
+    }
+    return codes;
+  }();
+  return all;
+}
+const std::set<Code>& launched() { return launched_kernels; }
+
 Call::Call() {
   one_at_a_time.lock();
   forget_memory();
@@ -247,9 +263,7 @@ void launch(const Launch& what, void (*body)(void*), void* context) {
   const std::lock_guard lock(one_at_a_time);
   check_launch(what);
   make_stacks();
-  const auto frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-  free_memory[0] = {reinterpret_cast<uintptr_t>(stacks), (kStack + kGuard) * kMaxThreads};
-  free_memory[1] = {frame, end_of_host_stack() - frame};
+  free_memory[1] = {reinterpret_cast<uintptr_t>(what.arguments), what.arguments_bytes};
   reports.clear();
   state.launch = what;
   state.body = body;
@@ -263,6 +277,8 @@ void launch(const Launch& what, void (*body)(void*), void* context) {
   begin_launch_memory();
   state.launch_start = state.counter + 1;
   ++state.launches;
+  launched_kernels.insert(code_of(what.kernel));
+  const Watchdog watchdog;
   for (unsigned z = 0; z < what.grid.z; ++z) {
     for (unsigned y = 0; y < what.grid.y; ++y) {
       for (unsigned x = 0; x < what.grid.x && !state.aborted; ++x) {

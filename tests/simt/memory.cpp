@@ -136,8 +136,8 @@ inline bool inside(const Region* region, uintptr_t address, size_t bytes) {
 template <Doing kDoing>
 inline void access(Thread& me, uintptr_t address, size_t bytes, Code code) {
   constexpr bool kWrite = kDoing != Doing::read;
-  ++state.accesses;
-  if (address - (shared_begin - kAround) < kMaxShared + 2 * kAround) {
+  if (++state.accesses > state.most_accesses) stop_endless(code, "it loops and waits for no other thread");
+  if (address - (shared_begin - kAround) < kMostShared + 2 * kAround) {
     if (address < shared_begin || address + bytes > shared_begin + state.launch.shared_bytes) {
       stop(finding_at(Kind::out_of_bounds, me, kWrite, code, address, bytes));
     }
@@ -192,14 +192,14 @@ void report_race(const Thread& me, Doing doing, Code code, uintptr_t address, in
 
 void begin_launch_memory() {
   if (shared_area == nullptr) {
-    shared_area = reserve(kMaxShared + 2 * kAround);
+    shared_area = reserve(kMostShared + 2 * kAround);
     shared_begin = reinterpret_cast<uintptr_t>(shared_area) + kAround;
-    shared_units = reinterpret_cast<Unit*>(reserve(kMaxShared / 16 * sizeof(Unit)));
+    shared_units = reinterpret_cast<Unit*>(reserve(kMostShared / 16 * sizeof(Unit)));
   }
   // Time starts again before it runs out; nothing of before may be left then.
   if (state.counter > std::numeric_limits<Time>::max() / 2) {
     state.counter = 0;
-    madvise(shared_units, kMaxShared / 16 * sizeof(Unit), MADV_DONTNEED);
+    madvise(shared_units, kMostShared / 16 * sizeof(Unit), MADV_DONTNEED);
     if (arena != nullptr) madvise(arena, kArena, MADV_DONTNEED);
   }
   global_readers.clear();
@@ -259,14 +259,15 @@ std::string name_of_address(uintptr_t address) {
   const auto offset = [](uintptr_t at, uintptr_t from) {
     return at >= from ? " + " + std::to_string(at - from) : " - " + std::to_string(from - at);
   };
-  if (address - (shared_begin - kAround) < kMaxShared + 2 * kAround) {
+  if (address - (shared_begin - kAround) < kMostShared + 2 * kAround) {
     return "shared" + offset(address, shared_begin) + " (of " + std::to_string(state.launch.shared_bytes) + " bytes)";
   }
+  if (std::string stack = name_of_stack(address); !stack.empty()) return stack;
   // Of the arguments that lie before the address, or else of all, the nearest.
   std::string name = "an address that is nobody's";
   uintptr_t nearest = UINTPTR_MAX;
   for (int i = 0; i < state.launch.num_arguments; ++i) {
-    const auto argument = reinterpret_cast<uintptr_t>(state.launch.arguments[i]);
+    const auto argument = reinterpret_cast<uintptr_t>(state.launch.pointers[i]);
     if (argument == 0) continue;
     const uintptr_t distance = address >= argument ? address - argument : argument - address;
     if (distance >= nearest || distance > (uintptr_t{1} << 40)) continue;
@@ -292,7 +293,7 @@ void access_as(Thread& thread, const void* address, size_t bytes, bool write, Co
 }
 
 bool in_shared(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) - (shared_begin - kAround) < kMaxShared + 2 * kAround;
+  return reinterpret_cast<uintptr_t>(pointer) - (shared_begin - kAround) < kMostShared + 2 * kAround;
 }
 
 namespace {

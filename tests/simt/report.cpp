@@ -8,6 +8,7 @@
 #include <set>
 
 #include "runtime.h"
+#include "schedule.h"
 
 namespace simt {
 
@@ -38,6 +39,8 @@ const char* name_of(Kind kind) {
       return "divergence";
     case Kind::bad_call:
       return "bad call";
+    case Kind::endless:
+      return "endless";
     case Kind::trap:
       return "trap";
   }
@@ -98,8 +101,20 @@ std::string plain(std::string name) {
   return name;
 }
 
-std::string joined_lines(const std::vector<std::string>& lines) {
+std::string address_of(Code code) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "0x%x", code);
+  return text;
+}
+
+std::string name_of_kernel(Code code, const Place& place) {
+  return place.function.empty() ? "the kernel at " + address_of(code) : plain(place.function);
+}
+
+// Of a place that has no lines (there is no addr2line): its address in the module.
+std::string joined_lines(const std::vector<std::string>& lines, Code code) {
   std::string text;
+  if (lines.empty()) text = " at " + address_of(code - 1);
   for (const std::string& line : lines) text += (text.empty() ? " at " : ", from ") + line;
   return text;
 }
@@ -121,6 +136,13 @@ void report(Report finding) {
   if (reports.size() < kMost || state.aborted) reports.push_back(std::move(finding));
 }
 
+std::map<Code, std::string> names_of(const std::set<Code>& kernels) {
+  std::map<Code, Place> places = places_of(kernels);
+  std::map<Code, std::string> names;
+  for (Code code : kernels) names[code] = name_of_kernel(code, places[code]);
+  return names;
+}
+
 std::vector<Finding> explain(const std::vector<Report>& reports) {
   std::vector<Finding> all;
   if (reports.empty()) return all;
@@ -134,11 +156,12 @@ std::vector<Finding> explain(const std::vector<Report>& reports) {
   }
   codes.erase(static_cast<Code>(-1));
   std::map<Code, Place> places = places_of(codes);
+  const std::string name = name_of_kernel(kernel, places[kernel]);
   for (const Report& report : reports) {
     const auto lines = places[report.now.code - 1].lines, other_lines = places[report.before.code - 1].lines;
-    if (report.unless_same_line && lines == other_lines) continue;
+    if (report.unless_same_line && !lines.empty() && lines == other_lines) continue;
     Finding finding{.kind = name_of(report.kind),
-                    .kernel = plain(places[kernel].function),
+                    .kernel = name,
                     .block = report.now.block,
                     .thread = report.now.thread,
                     .other_block = report.before.block,
@@ -151,18 +174,18 @@ std::vector<Finding> explain(const std::vector<Report>& reports) {
       finding.address = name_of_address(report.address);
       text += " " + std::to_string(report.bytes) + " bytes at " + finding.address;
     }
-    text += joined_lines(lines);
+    text += joined_lines(lines, report.now.code);
     if (report.before.thread >= 0) {
       text += "; " + who(report.before);
       if (report.bytes > 0) text += " it";
-      text += joined_lines(other_lines);
+      text += joined_lines(other_lines, report.before.code);
       if (report.kind == Kind::race) {
         text += report.now.block == report.before.block ? ", and nothing orders the two" : ", and blocks have no order";
       }
       if (report.kind == Kind::copy_under_way) text += ", and has not waited for it";
     }
     if (!report.text.empty()) text += ": " + report.text;
-    for (const auto& [note, code] : report.notes) text += "\n    " + note + joined_lines(places[code - 1].lines);
+    for (const auto& [note, code] : report.notes) text += "\n    " + note + joined_lines(places[code - 1].lines, code);
     all.push_back(std::move(finding));
   }
   return all;

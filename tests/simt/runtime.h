@@ -3,7 +3,8 @@
 // A launch runs its blocks one after the other, every thread of a block as a fiber, which runs until it waits. The
 // kernels' files are compiled with -fsanitize=thread but linked without its library: the hooks it calls at each access
 // (memory.cpp) are ours. They find races by happens-before (FastTrack, Flanagan and Freund, PLDI 2009), so a race is
-// found on whatever schedule runs, as long as both accesses do.
+// found on whatever schedule runs, as long as both accesses do. Likewise -fsanitize=alignment,bounds-strict calls
+// undefined.cpp's where a pointer or an index is wrong by its type. Kernels that never end are stopped (watchdog.cpp).
 //
 // Time: one counter that every synchronisation advances. A thread's `time` is the counter's value when it last
 // synchronised; its `clock` has of every thread the latest time it is ordered after. An access at `time` of thread u is
@@ -22,6 +23,7 @@ namespace simt {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kWarp = 32;
+constexpr size_t kMostShared = 256 * 1024;  // bytes a block can have on any device
 
 using Time = uint32_t;
 using Code = uint32_t;  // a code address, as an offset into this library
@@ -41,6 +43,7 @@ enum class Kind : uint8_t {
   deadlock,
   divergence,
   bad_call,
+  endless,
   trap,
 };
 
@@ -99,11 +102,12 @@ struct State {
   std::vector<Time> starts;  // of each block
   bool aborted = false;
   uint64_t launches = 0, accesses = 0, switches = 0;
+  uint64_t most_accesses = 0, most_switches = 0;  // of the thread that runs and of the block: what is beyond never ends
 };
 extern State state;
 extern Thread* current;
 
-// What kernels may touch unwatched: the fibers' stacks, and the host's around the launch, with the kernel's arguments.
+// What the thread that runs may touch unwatched: its stack, and the kernel's arguments.
 struct Memory {
   uintptr_t begin;
   size_t bytes;
@@ -118,6 +122,9 @@ extern __thread bool in_kernel __attribute__((tls_model("initial-exec")));
 
 extern "C" char __ehdr_start __attribute__((visibility("hidden")));  // of this library: the linker's
 extern "C" char _end __attribute__((visibility("hidden")));
+// Addresses of what is declared __global__, the compiler's list.
+extern "C" const void* const __start___patchable_function_entries[] __attribute__((visibility("hidden")));
+extern "C" const void* const __stop___patchable_function_entries[] __attribute__((visibility("hidden")));
 
 inline Code code_of(const void* return_address) {
   return static_cast<Code>(static_cast<const char*>(return_address) - &__ehdr_start);
@@ -145,6 +152,9 @@ extern std::vector<Finding> findings;  // of the last launch
 // Fibers (fiber.cpp).
 void wait(Thread& thread, Wait kind, Code code, const char* name);  // until `wake`
 void wake(Thread& thread);
+[[noreturn]] void stop_endless(Code code, std::string text);
+// "" of an address in no stack.
+std::string name_of_stack(uintptr_t address);
 
 // Clocks.
 Clock* new_clock(const Clock* copy_of);

@@ -16,11 +16,12 @@ extern "C" void* memset(void*, int, __SIZE_TYPE__) noexcept __asm__("fastformer_
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <tuple>
 #include <type_traits>
 
 #include "../../csrc/dtypes.h"
 
-#define __global__
+#define __global__ __attribute__((patchable_function_entry(1, 0)))  // the compiler keeps a list of these functions
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -50,7 +51,12 @@ namespace simt {
 
 enum class Access { read, write };
 
-constexpr size_t kMaxShared = 163 * 1024;  // bytes a block can have, as on sm_80
+// What the kernels are told of the device.
+struct Device {
+  size_t shared_bytes = 163 * 1024;  // that a block can have, as on sm_80
+  int multiprocessors = 4;
+};
+extern __attribute__((visibility("hidden"))) Device device;
 
 // Lives as long as an operator's call: what was allowed is forgotten at its begin and at its end. Calls of other
 // threads wait.
@@ -74,8 +80,10 @@ struct Launch {
   const void* kernel;
   dim3 grid, block;
   size_t shared_bytes;
-  const void* const* arguments;  // in order; nullptr where the parameter is no pointer
+  const void* const* pointers;  // the arguments in order, nullptr where the parameter is no pointer
   int num_arguments;
+  const void* arguments;  // as the host has them: kernels may read these
+  size_t arguments_bytes;
 };
 // Runs `body(context)` for every thread of the grid. Raises std::runtime_error with what was found wrong.
 void launch(const Launch& launch, void (*body)(void*), void* context);
@@ -93,11 +101,17 @@ const void* pointer_or_null(const T& value) {
 template <typename... Parameters>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             std::type_identity_t<Parameters>... arguments) {
+  static_assert((!std::is_reference_v<Parameters> && ...), "a kernel's parameter can't refer to the host's memory");
   const void* pointers[] = {nullptr, pointer_or_null(arguments)...};
-  auto body = [&] { kernel(arguments...); };
+  std::tuple<void (*)(Parameters...), Parameters...> call{kernel, arguments...};
   launch(
-      {reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, pointers + 1, sizeof...(Parameters)},
-      [](void* context) { (*static_cast<decltype(body)*>(context))(); }, &body);
+      {reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, pointers + 1, sizeof...(Parameters), &call,
+       sizeof(call)},
+      [](void* context) {
+        std::apply([](auto run, const Parameters&... values) { run(values...); },
+                   *static_cast<decltype(call)*>(context));
+      },
+      &call);
 }
 
 // One access of `bytes` at an address that is a multiple of them. The value comes in registers: a local variable whose
@@ -283,6 +297,13 @@ __forceinline__ BFloat16 to_bfloat16(float x) {
 }
 __forceinline__ Half to_half(float x) {
   return {x != x ? uint16_t{0x7fff} : std::bit_cast<uint16_t>(static_cast<_Float16>(x))};
+}
+
+__forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  return to_bfloat16(low).bits | static_cast<uint32_t>(to_bfloat16(high).bits) << 16;
+}
+__forceinline__ uint32_t pack_half(float low, float high) {
+  return to_half(low).bits | static_cast<uint32_t>(to_half(high).bits) << 16;
 }
 
 }  // namespace fastformer::cuda

@@ -1,5 +1,6 @@
 // Barriers, operations of a warp, and what happens when they don't fit together.
 #include <algorithm>
+#include <bit>
 #include <map>
 
 #include "runtime.h"
@@ -28,6 +29,8 @@ struct Barrier {
   std::vector<int> waiting;
 };
 
+constexpr unsigned kEveryLane = ~0u;
+
 Warp warps[kMaxThreads / kWarp];
 Barrier barriers[16];
 int num_live, num_exited, num_waiting, last_exited;
@@ -42,10 +45,13 @@ void release(Clock* clock) {
   if (clock != nullptr && --clock->references == 0) free_clocks.push_back(clock);
 }
 
-[[noreturn]] void stop_at(Kind kind, Code code, const char* did, std::string text) {
-  Report finding{.kind = kind, .now = side(*current, code, did)};
+[[noreturn]] void stop_thread(const Thread& thread, Kind kind, Code code, const char* did, std::string text) {
+  Report finding{.kind = kind, .now = side(thread, code, did)};
   finding.text = std::move(text);
   stop(std::move(finding));
+}
+[[noreturn]] void stop_at(Kind kind, Code code, const char* did, std::string text) {
+  stop_thread(*current, kind, code, did, std::move(text));
 }
 
 void different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name) {
@@ -69,6 +75,30 @@ void run_group(Warp& warp, int index, Thread* lanes) {
 bool complete(const Warp& warp, const Group& group) { return group.arrived == (group.mask & warp.live); }
 
 Thread* lanes_of(const Thread& thread) { return &state.threads[thread.index / kWarp * kWarp]; }
+
+struct BarrierCall {
+  int number, threads;
+};
+
+// barrier.aligned: the lanes of a warp come together, to the same barrier, and all of them count.
+void meet(BarrierCall mine, Code code, const char* name) {
+  warp_operation(kEveryLane, &mine, code, name, [](Thread* const* lanes, unsigned arrived) {
+    const Thread& first = *lanes[std::countr_zero(arrived)];
+    const int begin = first.index / kWarp * kWarp;
+    for (int i = 0; i < kWarp && begin + i < state.num_threads; ++i) {
+      if ((arrived >> i & 1) == 0) {
+        stop_thread(first, Kind::divergence, first.code, first.waits_in,
+                    "thread " + std::to_string(begin + i) + " has ended: barriers count whole warps");
+      }
+      const auto& call = *static_cast<const BarrierCall*>(lanes[i]->operand);
+      const auto& other = *static_cast<const BarrierCall*>(first.operand);
+      if (call.number != other.number || call.threads != other.threads) {
+        stop_thread(*lanes[i], Kind::bad_call, lanes[i]->code, lanes[i]->waits_in,
+                    "thread " + std::to_string(first.index) + " of its warp names another barrier or count");
+      }
+    }
+  });
+}
 
 // Returns whether `thread` was the last.
 bool arrive(Barrier& barrier, Thread& thread, int number, int threads, Code code, const char* name) {
@@ -210,6 +240,7 @@ void warp_operation(unsigned mask, void* operand, Code code, const char* name, F
   if ((mask & bit) == 0) stop_at(Kind::bad_call, code, name, "the lane is not in its own mask");
   me.operand = operand;
   me.code = code;
+  me.waits_in = name;
   int index = 0;
   while (index < warp.num_groups && warp.groups[index].mask != mask) ++index;
   if (index == warp.num_groups) {
@@ -228,7 +259,7 @@ void warp_operation(unsigned mask, void* operand, Code code, const char* name, F
   }
   if (complete(warp, warp.groups[index])) {
     run_group(warp, index, lanes);
-    yield(me);
+    yield(me, code, name);
   } else {
     wait(me, Wait::warp, code, name);
   }
@@ -259,7 +290,7 @@ void sync_threads() {
     set_clock(state.threads[i], clock);
     wake(state.threads[i]);
   }
-  yield(me);
+  yield(me, code, "in __syncthreads");
 }
 
 void sync_warp(unsigned mask) {
@@ -358,18 +389,20 @@ void barrier_sync(int number, int threads) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
   Barrier& barrier = barriers[number & 15];
+  meet({number, threads}, code, "in barrier_sync");
   me.barrier = number;
   const bool last = arrive(barrier, me, number, threads, code, "in barrier_sync");
   barrier.waiting.push_back(me.index);
   if (!last) return wait(me, Wait::barrier, code, "in barrier_sync");
   open(barrier);
-  yield(me);
+  yield(me, code, "in barrier_sync");
 }
 
 void barrier_arrive(int number, int threads) {
   Thread& me = *current;
   Barrier& barrier = barriers[number & 15];
   const Code code = FASTFORMER_SIMT_CALLER;
+  meet({number, threads}, code, "in barrier_arrive");
   const bool last = arrive(barrier, me, number, threads, code, "in barrier_arrive");
   me.time = advance();
   if (last) open(barrier);
