@@ -8,6 +8,7 @@ stops at the first failure. What survives is needless, or no test needs it; the 
 
 from __future__ import annotations
 
+import fcntl
 import filecmp
 import os
 import re
@@ -17,23 +18,32 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COPY = ROOT / "build" / "simt_deleted"
+DELETED = ROOT / "build" / "simt_deleted"
 BARRIER = re.compile(
     r"(__syncthreads\(\)|__syncwarp\([^()]*\)|(ptx::)?(cp_async_wait<[^>]+>\(\)|barrier_sync\([^;]*\)));"
 )
 
 
 def main(file: str, *tests: str) -> int:
-    """The exit status: how many deletions survived."""
+    """How many deletions survived; 1 if the tests fail without any."""
     name = Path(file).resolve().relative_to(ROOT)
-    for folder in ("csrc", "tests/simt"):
-        shutil.copytree(ROOT / folder, COPY / folder, dirs_exist_ok=True, copy_function=copy_if_different)
-    source = (COPY / name).read_text()
+    copy = DELETED / name.name
+    copy.mkdir(parents=True, exist_ok=True)
+    with (copy / "lock").open("w") as lock:  # another run would put back what this one deletes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for folder in ("csrc", "tests/simt"):
+            shutil.copytree(ROOT / folder, copy / folder, dirs_exist_ok=True, copy_function=copy_if_different)
+        return delete_each(copy, name, tests)
+
+
+def delete_each(copy: Path, name: Path, tests: tuple[str, ...]) -> int:
+    """``main`` in a copy of the sources."""
+    source = (copy / name).read_text()
     if not BARRIER.search(source):
         print(f"{name} has no barriers")
         return 0
     print(f"{name} as it is: ", end="", flush=True)
-    if failure := first_failure(tests):
+    if failure := first_failure(copy, tests):
         print(f"fails already ({failure})")
         return 1
     print("passes")
@@ -43,12 +53,12 @@ def main(file: str, *tests: str) -> int:
             line = source.count("\n", 0, barrier.start()) + 1
             if "//" in source[source.rfind("\n", 0, barrier.start()) + 1 : barrier.start()]:
                 continue
-            (COPY / name).write_text(source[: barrier.start()] + ";" + source[barrier.end() :])
-            failure = first_failure(tests)
+            (copy / name).write_text(source[: barrier.start()] + ";" + source[barrier.end() :])
+            failure = first_failure(copy, tests)
             survivors += failure == ""
             print(f"{name}:{line}: {barrier.group()} {failure or 'SURVIVED'}", flush=True)
     finally:
-        (COPY / name).write_text(source)
+        (copy / name).write_text(source)
     return survivors
 
 
@@ -58,9 +68,9 @@ def copy_if_different(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def first_failure(tests: tuple[str, ...]) -> str:
+def first_failure(copy: Path, tests: tuple[str, ...]) -> str:
     """The first test that fails, with its error; empty if all pass."""
-    environment = os.environ | {"FASTFORMER_SIMT_ROOT": str(COPY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"FASTFORMER_SIMT_ROOT": str(copy), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "cuda-cpu", "--tb=short", *tests]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode == 0:
