@@ -25,6 +25,14 @@ FASTFORMER_DEVICE float to_float(BFloat16 x) { return __bfloat162float(__ushort_
 FASTFORMER_DEVICE float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 FASTFORMER_DEVICE BFloat16 to_bfloat16(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
 FASTFORMER_DEVICE Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+FASTFORMER_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return __bfloat16_as_ushort(pair.x) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+}
+FASTFORMER_DEVICE uint32_t pack_half(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return __half_as_ushort(pair.x) | static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+}
 #endif
 FASTFORMER_DEVICE float to_float(float x) { return x; }
 
@@ -37,6 +45,16 @@ FASTFORMER_DEVICE T from_float(float x) {
     return to_half(x);
   } else {
     return x;
+  }
+}
+
+// Two neighbours in a register, as mma's operands have them, by one instruction.
+template <typename T>
+FASTFORMER_DEVICE uint32_t pack_pair(float low, float high) {
+  if constexpr (__is_same(T, BFloat16)) {
+    return pack_bfloat16(low, high);
+  } else {
+    return pack_half(low, high);
   }
 }
 
