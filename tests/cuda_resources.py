@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import subprocess
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ahead_of_time import cuobjdump
@@ -22,26 +25,76 @@ class Kernel:
     registers: int
     spilled: int
     shared: int
+    threads: int  # of a block, at most: 1024 without launch bounds
 
 
 def kernels() -> list[Kernel]:
     """Every kernel in the library, once for each architecture it was compiled for."""
-    text = subprocess.run([cuobjdump(), "--dump-resource-usage", LIBRARY], check=True, capture_output=True).stdout
-    lines = subprocess.run(["c++filt"], input=text, check=True, capture_output=True).stdout.decode().splitlines()
+    threads = _threads()
     found = []
     architecture = ""
-    for line, after in itertools.pairwise(lines):
+    for line, after in itertools.pairwise(_dump("--dump-resource-usage")):
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
-        if match := re.match(r" Function (?:void )?(.*):$", line):
+        if match := re.match(r" Function (\w+):$", line):
             used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", after)}
-            name = re.sub(r"fastformer::(cuda::)?(\(anonymous namespace\)::)?", "", match[1])
-            found.append(
-                Kernel(
-                    _without_parameters(name), architecture, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]
-                )
-            )
+            spilled = used["STACK"] + used["LOCAL"]
+            most = threads.get((architecture, match[1]), 1024)
+            found.append(Kernel(match[1], architecture, used["REG"], spilled, used["SHARED"], most))
+    names = _readable([kernel.name for kernel in found])
+    return [replace(kernel, name=name) for kernel, name in zip(found, names, strict=True)]
+
+
+def instructions(function: str, architecture: str) -> dict[str, list[str]]:
+    """The machine code of each kernel made of a function template, an instruction a line, by readable name."""
+    code: dict[str, list[str]] = {}
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [cuobjdump(), "--extract-elf", f".{architecture}.", LIBRARY], cwd=folder, check=True, capture_output=True
+        )
+        files = [file for file in Path(folder).iterdir() if function.encode() in file.read_bytes()]
+        for line in itertools.chain.from_iterable(_dump("--dump-sass", of=file) for file in files):
+            if match := re.match(r"\s+Function : (\w+)$", line):
+                lines = code.setdefault(match[1], [])
+            elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+                lines.append(match[1])
+    readable = zip(_readable(list(code)), code.values(), strict=True)
+    return {name: lines for name, lines in readable if name.startswith(f"{function}<")}
+
+
+def _threads() -> dict[tuple[str, str], int]:
+    """The launch bounds by (architecture, mangled name)."""
+    found = {}
+    architecture = name = ""
+    lines = _dump("--dump-elf")
+    for line in lines:
+        if line.startswith("arch = "):
+            architecture = line[7:]
+        elif line.startswith(".nv.info."):
+            name = line[9:]
+        elif line.endswith("EIATTR_MAX_THREADS"):
+            next(lines)
+            sizes = [int(size, 16) for size in next(lines).split()[1:]]
+            found[architecture, name] = math.prod(sizes)
     return found
+
+
+def _dump(*options: str, of: Path | None = None) -> Iterator[str]:
+    """The lines that cuobjdump prints of the library, or of another file."""
+    with subprocess.Popen([cuobjdump(), *options, of or LIBRARY], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield line.rstrip("\n")
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+
+
+def _readable(names: list[str]) -> list[str]:
+    """Mangled names as one would write them, without namespaces and parameters."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
+    short = re.sub(r"fastformer::(cuda::)?(\(anonymous namespace\)::)?", "", text)
+    return [_without_parameters(name.removeprefix("void ")) for name in short.splitlines()]
 
 
 def _without_parameters(name: str) -> str:
@@ -63,9 +116,12 @@ def contents() -> list[tuple[str, str]]:
 
 def main() -> None:
     """Print the table."""
-    print("registers  spilled  shared  architecture  kernel")
+    print("registers  threads  spilled  shared  architecture  kernel")
     for kernel in sorted(kernels(), key=lambda kernel: (kernel.name, kernel.architecture)):
-        print(f"{kernel.registers:9}  {kernel.spilled:7}  {kernel.shared:6}  {kernel.architecture:12}  {kernel.name}")
+        print(
+            f"{kernel.registers:9}  {kernel.threads:7}  {kernel.spilled:7}  {kernel.shared:6}"
+            f"  {kernel.architecture:12}  {kernel.name}"
+        )
 
 
 if __name__ == "__main__":

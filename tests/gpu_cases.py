@@ -41,6 +41,11 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         for activation in ("gelu", "gelu_tanh", "relu", "silu"):
             yield f"{activation} {hidden}", F.feed_forward(*layers, activation=activation).sum()
             yield f"gated {activation} {hidden}", F.feed_forward(*layers, activation=activation, weight_gate=gate).sum()
+    for rows, columns, hidden in ((1153, 64, 1032), (9, 2048, 64)):  # tiles of 128 rows; depths in parts
+        layers = (leaf(rows, columns), leaf(hidden, columns), leaf(hidden), leaf(72, hidden), leaf(72))
+        gate = leaf(hidden, columns)
+        yield f"feed_forward {rows}", F.feed_forward(*layers).sum()
+        yield f"gated feed_forward {rows}", F.feed_forward(*layers, weight_gate=gate).sum()
     for words in (1000, 997):
         x, weight, target = leaf(9, 32), leaf(words, 32), torch.randint(words, (9,), device=device)
         for reduction in ("mean", "none"):

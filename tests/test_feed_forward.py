@@ -1,8 +1,9 @@
 import math
+import sys
 
 import pytest
 import torch
-from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
+from cuda_support import CUDA_TARGETS, KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Target, awkward, check, laid_out, tensor
@@ -14,6 +15,9 @@ from fastformer import backends, reference
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 on_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+#: Where widths that are multiples of 8 go to products of our own (csrc/cuda/feed_forward_fused.cu).
+FUSED_TARGETS = [target for target in CUDA_TARGETS if target.dtype != torch.float32]
+on_fused = pytest.mark.parametrize("target", FUSED_TARGETS, ids=str)
 
 Arguments = list["Tensor | None"]  # input, weight1, bias1, weight2, bias2, weight_gate
 
@@ -78,6 +82,62 @@ def test_widths(target: Target, sizes: tuple[int, int, int]) -> None:
     check_feed_forward(target, arguments(target, (9,), *sizes), "silu")
 
 
+@on_fused
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "activation"),
+    [
+        ((1, 8, 24, 8), "gelu"),
+        ((7, 24, 8, 40), "silu"),
+        ((8, 40, 136, 8), "relu"),
+        ((63, 136, 40, 24), "gelu_tanh"),
+        ((64, 64, 64, 64), "silu"),
+        ((65, 24, 72, 136), "gelu"),
+        ((127, 72, 136, 40), "relu"),
+        ((128, 128, 128, 128), "gelu_tanh"),
+        ((129, 136, 72, 136), "silu"),
+        ((130, 8, 264, 72), "gelu"),
+    ],
+    ids=str,
+)
+def test_edges_of_tiles(target: Target, sizes: tuple[int, int, int, int], activation: str, gated: bool) -> None:
+    """One off a tile, in rows, columns and depth; tiles of 128 are for more than 64 rows and columns."""
+    check_feed_forward(target, arguments(target, sizes[:1], *sizes[1:], gated=gated), activation)
+
+
+@on_fused
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "launches"),  # of the forward pass: one more for a product whose depth is split
+    [((7, 520, 16, 520), 3), ((70, 8, 520, 16), 3), ((66, 2056, 72, 8), 3), ((520, 8, 16, 8), 2)],
+    ids=str,
+)
+def test_split_depths(target: Target, sizes: tuple[int, int, int, int], launches: int, gated: bool) -> None:
+    inputs = arguments(target, sizes[:1], *sizes[1:], gated=gated)
+    check_feed_forward(target, inputs, "gelu_tanh")
+    if target.slow:
+        emulator = sys.modules["fastformer_simt"]
+        before = emulator.counters()["launches"]
+        with fastformer.backend(target.backend):
+            layer("gelu_tanh")(*inputs)
+        assert emulator.counters()["launches"] - before == launches
+
+
+@on_fused
+@given(
+    rows=st.integers(1, 150),
+    widths=st.tuples(*[st.integers(1, 18)] * 3),
+    activation=st.sampled_from(ACTIVATIONS),
+    gated=st.booleans(),
+    bias=st.booleans(),
+)
+def test_any_shape_of_tiles(
+    target: Target, rows: int, widths: tuple[int, int, int], activation: str, gated: bool, bias: bool
+) -> None:
+    C, hidden, C2 = (8 * width for width in widths)
+    check_feed_forward(target, arguments(target, (rows,), C, hidden, C2, gated=gated, bias=bias), activation)
+
+
 @pytest.mark.skipif(not backends.CPU_LIBRARY, reason="the CPU kernels were not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gated", [False, True])
@@ -100,11 +160,24 @@ def test_bias_gradients_of_many_rows() -> None:
 
 @on_kernels
 @pytest.mark.parametrize("gated", [False, True])
-def test_layouts(target: Target, gated: bool) -> None:
-    inputs = arguments(target, (6,), 10, 18, 12, gated=gated)
-    inputs[0] = awkward(target, 2, 3, 10).transpose(0, 1)
-    inputs[1], inputs[3] = awkward(target, 18, 10, scale=0.3), tensor(target, 18, 12, scale=0.3).t()
-    inputs[2] = tensor(target, 1).expand(18)
+@pytest.mark.parametrize("widths", [(10, 18, 12), (16, 24, 8)], ids=str)
+def test_layouts(target: Target, widths: tuple[int, int, int], gated: bool) -> None:
+    C, hidden, C2 = widths
+    inputs = arguments(target, (6,), *widths)
+    inputs[0] = awkward(target, 2, 3, C).transpose(0, 1)
+    inputs[1], inputs[3] = awkward(target, hidden, C, scale=0.3), tensor(target, hidden, C2, scale=0.3).t()
+    inputs[2], inputs[4] = tensor(target, 1).expand(hidden), tensor(target, C2 + 1)[1:]
+    if gated:  # rows further apart than those of weight1
+        inputs[5] = tensor(target, hidden, 2 * C, scale=0.3)[:, :C]
+    check_feed_forward(target, inputs, "gelu")
+
+
+@on_kernels
+def test_rows_that_begin_off_16_bytes(target: Target) -> None:
+    inputs = arguments(target, (6,), 16, 24, 8)
+    inputs[0] = tensor(target, 6 * 16 + 1)[1:].view(6, 16)
+    inputs[1] = tensor(target, 24, 17, scale=0.3)[:, 1:]
+    inputs[3] = tensor(target, 1, 24, scale=0.3).expand(8, 24)
     check_feed_forward(target, inputs, "gelu")
 
 
@@ -144,12 +217,14 @@ def test_any_shape(
 
 @on_kernels
 @on_activations
-def test_the_whole_range_of_an_activation(target: Target, activation: str) -> None:
-    one = torch.ones(1, 1, dtype=target.dtype, device=target.device)
+@pytest.mark.parametrize("width", [1, 8])
+def test_the_whole_range_of_an_activation(target: Target, activation: str, width: int) -> None:
+    one = torch.eye(width, dtype=target.dtype, device=target.device)
     magnitudes = torch.logspace(-30, 4 if target.dtype == torch.float16 else 15, 250)
     x = torch.cat((torch.linspace(-30, 30, 1201), magnitudes, -magnitudes))
     x = x.to(target.dtype).to(target.device)
-    x = x[x != 0].unsqueeze(1).requires_grad_()  # where the slope of relu is a matter of taste
+    x = x[x != 0]  # where the slope of relu is a matter of taste
+    x = x[: len(x) // width * width].view(-1, width).requires_grad_()
     with fastformer.backend(target.backend):
         y = F.feed_forward(x, one, None, one, None, activation=activation)
         (slope,) = torch.autograd.grad(y.sum(), x)
@@ -162,8 +237,9 @@ def test_the_whole_range_of_an_activation(target: Target, activation: str) -> No
 
 
 @on_kernels
-def test_only_what_needs_a_gradient_gets_one(target: Target) -> None:
-    inputs = arguments(target, (5,), 6, 10, 7, gated=True)
+@pytest.mark.parametrize("widths", [(6, 10, 7), (8, 16, 24)], ids=str)
+def test_only_what_needs_a_gradient_gets_one(target: Target, widths: tuple[int, int, int]) -> None:
+    inputs = arguments(target, (5,), *widths, gated=True)
     for i in (0, 2):
         leaves = [x.detach().requires_grad_(i == j) for j, x in enumerate(inputs)]
         everything = [x.detach().requires_grad_() for x in inputs]

@@ -1,50 +1,17 @@
-// The feed-forward layer, activation(x W1^T + b1) W2^T + b2, plain or gated, forward and backward. The products are the
-// library's, with the bias in them: their sums reach `hidden` rounded once. What is between them is here.
+// The feed-forward layer, activation(x W1^T + b1) W2^T + b2, plain or gated, forward and backward. Matrices of 16-bit
+// elements whose rows take 16-byte accesses go to feed_forward_fused.cu. For others the products are the library's,
+// with the bias in them: their sums reach `hidden` rounded once. What is between them is here.
 //
 // Shapes: N rows (all leading dimensions together), C columns, F hidden width, C2 output width.
 #include <algorithm>
 #include <tuple>
 
-#include "../feed_forward.h"
-#include "../library_product.h"
-#include "rows.cuh"
+#include "feed_forward.cuh"
 
 namespace fastformer::cuda {
 namespace {
 
 // --- kernels
-
-struct Sigmoid {
-  float value, slope;
-};
-
-// The slope is sigmoid(x) (1 - sigmoid(x)), without the subtraction, which would cancel.
-FASTFORMER_DEVICE Sigmoid sigmoid(float x) {
-  const float exponential = expf(-fabsf(x));
-  const float larger = 1.0f / (1.0f + exponential), smaller = exponential * larger;
-  return {x < 0.0f ? smaller : larger, smaller * larger};
-}
-
-struct Activated {
-  float value, slope;
-};
-
-// The activation at x, and its derivative there.
-template <Activation kActivation>
-FASTFORMER_DEVICE Activated activate(float x) {
-  if constexpr (kActivation == Activation::gelu) {  // the normal distribution's integral, and x times its density
-    const float integral = 0.5f * (1.0f + erff(x * 0.70710678f));
-    return {x * integral, integral + x * 0.39894228f * expf(-0.5f * x * x)};
-  } else if constexpr (kActivation == Activation::gelu_tanh) {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
-    const Sigmoid gate = sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-    return {x * gate.value, gate.value + x * gate.slope * 1.59576912f * (1.0f + 0.134145f * x * x)};
-  } else if constexpr (kActivation == Activation::relu) {  // NaN stays NaN
-    return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
-  } else {
-    const Sigmoid gate = sigmoid(x);
-    return {x * gate.value, gate.value + x * gate.slope};
-  }
-}
 
 // A block's 32 threads along x take neighbouring packs of a strip of columns, those along y different rows; the grid is
 // strips by parts of the rows.
@@ -227,13 +194,20 @@ Tensor launch_backward(const Tensor& hidden, const Tensor& grad, const std::opti
 
 // --- operators
 
+bool is_fused(const Tensor& input, const FeedForwardSizes& sizes) {
+  const auto fits = [](int64_t width) { return width > 0 && width % 8 == 0; };
+  return dtype_of(input, "input") != DType::float32 && sizes.rows > 0 && fits(sizes.input) && fits(sizes.hidden) &&
+         fits(sizes.output);
+}
+
 std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1,
                                                 const std::optional<Tensor>& bias1,
                                                 const std::optional<Tensor>& weight_gate, const Tensor& weight2,
                                                 const std::optional<Tensor>& bias2, std::string activation,
                                                 bool save_hidden) {
   const OnDevice device(input);
-  const auto [N, C, F, C2] = check_feed_forward(input, weight1, weight_gate, weight2);
+  const FeedForwardSizes sizes = check_feed_forward(input, weight1, weight_gate, weight2);
+  const auto [N, C, F, C2] = sizes;
   const ScalarType dtype = input.scalar_type();
   check_bias(bias1, "bias1", F, input);
   check_bias(bias2, "bias2", C2, input);
@@ -244,6 +218,9 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
   if (bias2.has_value()) check_device(*bias2, "bias2", input, "input");
   const Activation act = activation_of(activation);
   const bool gated = weight_gate.has_value();
+  if (is_fused(input, sizes)) {
+    return feed_forward_forward_fused(input, weight1, bias1, weight_gate, weight2, bias2, act, save_hidden, device);
+  }
 
   const Tensor x = as_matrix(input, "input");
   const Tensor hidden = empty_like_sizes(input, {N, gated ? 2 * F : F}, dtype);
@@ -273,6 +250,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
   if (gated) check_device(*weight_gate, "weight_gate", input, "input");
   check_device(hidden, "hidden", input, "input");
   const Activation act = activation_of(activation);
+  if (is_fused(input, sizes)) {
+    return feed_forward_backward_fused(grad_output, input, weight1, weight_gate, weight2, hidden, act, has_bias1,
+                                       has_bias2, needs_grad_input, needs_grad_weights, device);
+  }
 
   const Tensor x = as_matrix(input, "input"), dy = as_matrix(grad_output, "grad_output");
   const auto new_matrix = [&](int64_t rows, int64_t cols) { return empty_like_sizes(input, {rows, cols}, dtype); };
