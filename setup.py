@@ -43,7 +43,12 @@ ARCHITECTURES = "8.0+PTX;9.0a"
 OLDEST_ARCHITECTURE = 8
 # What the CUDA library takes from a part of torch that a build for CPUs lacks. A library of that name and with these
 # functions stands in for it in linking: so the real one is found, which torch has loaded for itself alone.
-TORCH_CUDA = ("aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out", "aoti_torch_get_current_cuda_stream")
+TORCH_CUDA = (
+    "aoti_torch_cuda_mm_out",
+    "aoti_torch_cuda_addmm_out",
+    "aoti_torch_cuda_mul_Scalar",
+    "aoti_torch_get_current_cuda_stream",
+)
 LEVELS = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"portable": []}
 
 

@@ -116,7 +116,7 @@ class Preference(NamedTuple):
 _NOTHING_TELLS = "neither was measured, and the CUDA C++ kernels have run in an emulator only"
 #: For calls of the raw operators. Published, for softmax and norms on an H100: plain Triton kernels are as fast as the
 #: best up to 64 KB a row, and fall off beyond (QuACK's benchmarks, 2025). Nothing of ours was measured on a GPU yet.
-#: Operations that are not here have no CUDA C++ kernels: attention and linear.
+#: Operations that are not here have no CUDA C++ kernels: linear.
 PREFERENCES = (
     Preference("softmax", "triton", "published: as fast as the best up to 64 KB a row"),
     Preference("softmax", "cuda", "published: Triton falls off beyond 64 KB a row", from_row_bytes=65537),
@@ -125,11 +125,14 @@ PREFERENCES = (
     Preference("rotary", "triton", _NOTHING_TELLS),
     Preference("feed_forward", "triton", _NOTHING_TELLS),
     Preference("linear_cross_entropy", "triton", _NOTHING_TELLS),
+    Preference("attention", "triton", _NOTHING_TELLS),
 )
 #: Compute capability from which on GPUs can run the CUDA C++ kernels.
 OLDEST_GPU = (8, 0)
 #: The operations that have CUDA C++ kernels; forms of them that were measured by themselves go by their names here.
 CUDA_OPERATIONS = {row.operation for row in PREFERENCES}
+#: The dtypes of the CUDA C++ kernels that don't take all of KERNEL_DTYPES.
+CUDA_DTYPES = {"attention": (torch.bfloat16, torch.float16)}
 _FORMS = {
     "add_layer_norm": "layer_norm",
     "rms_norm": "layer_norm",
@@ -266,16 +269,16 @@ def decide(
     if request != "auto":
         if not available(request, device):
             raise ValueError(f"backend {request!r} can't run {operation} on {device}: {_missing(request, device)}")
-        if request == "cuda" and _FORMS.get(operation, operation) not in CUDA_OPERATIONS:
-            raise ValueError(f"backend 'cuda' can't run {operation}: it has no CUDA C++ kernels")
+        if request == "cuda" and (lacks := _cuda_lacks(operation, dtype)):
+            raise ValueError(f"backend 'cuda' can't run {operation}: {lacks}")
         if unsupported:
             raise ValueError(f"backend {request!r} can't run {operation}: {unsupported}")
         return Choice(request, "requested")
     if unsupported:
         return Choice("torch", f"our kernels don't have {unsupported}")
     if torch_lacks:
-        for kernel in ("cpu", "triton"):
-            if available(kernel, device):
+        for kernel in ("cpu", "triton", "cuda"):
+            if available(kernel, device) and not (kernel == "cuda" and _cuda_lacks(operation, dtype)):
                 return Choice(kernel, f"torch's own function has no {torch_lacks}")
     if device != "cpu" or (CPU_LIBRARY and (operation, dtype) not in FASTER):
         return Choice("torch", f"no measurement says that ours is faster on {device} in {dtype}")
@@ -286,6 +289,15 @@ def decide(
         without, recorded = measured.least
         return Choice("torch", f"ours is faster from {without} elements on, {recorded} with gradients")
     return Choice("cpu", f"measured {measured.speedup} as fast as torch's own, see fastformer/backends.py")
+
+
+def _cuda_lacks(operation: str, dtype: torch.dtype) -> str:
+    """Why the CUDA C++ kernels can't run an operation in a dtype that others can, or the empty string."""
+    operation = _FORMS.get(operation, operation)
+    if operation not in CUDA_OPERATIONS:
+        return "it has no CUDA C++ kernels"
+    dtypes = CUDA_DTYPES.get(operation, KERNEL_DTYPES)
+    return "" if dtype in dtypes else f"its CUDA C++ kernels have {' and '.join(map(str, dtypes))}, not {dtype}"
 
 
 def _missing(kernel: str, device: str) -> str:

@@ -10,19 +10,30 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import support
 import torch
-from support import KERNEL_TARGETS, RuleBroken, Target, check, laid_out, tensor
+from cuda_support import CUDA_TARGETS
+from support import RuleBroken, Target, check, laid_out, tensor
 from torch import Tensor
 
 import fastformer.functional as F
-from fastformer import reference
+from fastformer import backends, reference
 from fastformer.ops import attention as operation
 from fastformer.ops import attention_torch
 from fastformer.ops.attention_torch import Options
 
 Result = Tensor | tuple[Tensor, Tensor]
 
+CUDA_16BIT = [target for target in CUDA_TARGETS if target.dtype in backends.CUDA_DTYPES["attention"]]
+TARGETS = support.TARGETS + CUDA_16BIT
+KERNEL_TARGETS = support.KERNEL_TARGETS + CUDA_16BIT
 FAST_TARGETS = [target for target in KERNEL_TARGETS if not target.slow]
+#: Those that do some hundreds of queries and keys in a second or two.
+BLOCK_TARGETS = FAST_TARGETS + [target for target in CUDA_16BIT if target.slow]
+
+on_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
+on_kernels = pytest.mark.parametrize("target", KERNEL_TARGETS, ids=str)
+on_blocks = pytest.mark.parametrize("target", BLOCK_TARGETS, ids=str)
 on_fast_kernels = pytest.mark.parametrize("target", FAST_TARGETS, ids=str)
 
 NO_WINDOW = (None, None)

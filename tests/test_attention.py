@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_support import attend, exact, inputs, on_fast_kernels
-from support import Target, check, on_kernels, on_targets, tensor
+from attention_support import attend, exact, inputs, on_blocks, on_fast_kernels, on_kernels, on_targets
+from support import Target, check, tensor
 from torch import Tensor
 
 import fastformer
@@ -60,7 +60,7 @@ def test_shapes(target: Target, shape: tuple[int, ...], options: dict[str, Any])
     check_attention(target, *inputs(target, *shape), **options)
 
 
-@on_fast_kernels
+@on_blocks
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
@@ -82,7 +82,7 @@ def test_more_than_one_block_of_the_largest_tiles(target: Target) -> None:
     check_attention(target, *inputs(target, 1, 2, 1, 150, 140, 24, 16), is_causal=True, causal_alignment="bottom_right")
 
 
-@on_fast_kernels
+@on_blocks
 @pytest.mark.parametrize("kind", ["bool", "transposed bool", "key padding", "float32", "own dtype", "transposed"])
 @pytest.mark.parametrize("seqlen_q", [2, 8, 150])
 def test_masks_over_several_blocks(target: Target, kind: str, seqlen_q: int) -> None:

@@ -5,8 +5,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_support import Case, attend, check_case, composed, drawing, exact, inputs, on_fast_kernels
-from support import TARGETS, Target, check, on_kernels, on_targets, tensor
+from attention_support import (
+    TARGETS,
+    Case,
+    attend,
+    check_case,
+    composed,
+    drawing,
+    exact,
+    inputs,
+    on_fast_kernels,
+    on_kernels,
+    on_targets,
+)
+from support import Target, check, tensor
 from torch import Tensor
 
 import fastformer

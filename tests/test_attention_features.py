@@ -11,6 +11,7 @@ import torch
 from attention_support import (
     FAST_TARGETS,
     MASKS,
+    TARGETS,
     Case,
     attend,
     check_case,
@@ -18,11 +19,13 @@ from attention_support import (
     composed,
     exact,
     on_fast_kernels,
+    on_kernels,
+    on_targets,
     without_chance,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, TARGETS, Target, check, on_kernels, on_targets, tensor
+from support import LAYOUTS, Target, check, tensor
 from torch import Tensor
 
 import fastformer

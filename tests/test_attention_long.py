@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_support import FAST_TARGETS, attend, exact, inputs, on_fast_kernels
-from support import Target, check, on_kernels, tensor
+from attention_support import FAST_TARGETS, attend, exact, inputs, on_fast_kernels, on_kernels
+from support import Target, check, tensor
 from torch import Tensor
 
 import fastformer

@@ -91,9 +91,16 @@ def test_cuda_kernels_are_there_for_some_operations(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(backends, "CUDA_DEVICES", {"cuda"})
     for operation in ("softmax", "layer_norm", "add_layer_norm", "rms_norm", "rotary", "feed_forward_few_rows"):
         assert backends.decide(operation, "cuda", torch.float32, "cuda").kernel == "cuda"
-    for operation in ("attention", "linear", "linear_few_rows"):
+    for operation in ("linear", "linear_few_rows"):
         with pytest.raises(ValueError, match=f"backend 'cuda' can't run {operation}: it has no CUDA C\\+\\+ kernels"):
             backends.decide(operation, "cuda", torch.float32, "cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert backends.decide("attention", "cuda", dtype, "cuda").kernel == "cuda"
+    with pytest.raises(ValueError, match=r"can't run attention: its CUDA C\+\+ kernels have torch\.bfloat16 and"):
+        backends.decide("attention", "cuda", torch.float32, "cuda")
+    monkeypatch.setattr(backends, "TRITON", False)
+    assert backends.decide("attention", "cuda", torch.bfloat16, "auto", torch_lacks="softcap").kernel == "cuda"
+    assert backends.decide("attention", "cuda", torch.float32, "auto", torch_lacks="softcap").kernel == "torch"
     assert backends.decide("softmax", "cuda", torch.float32, "auto").kernel == "torch"
 
 

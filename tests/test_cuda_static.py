@@ -12,8 +12,8 @@ from fastformer import backends, library
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 TRANSLATED = [path for path in SOURCES if path.suffix == ".cu"]
-# A block has up to 512 threads, among which 65536 registers are shared out.
-REGISTER_LIMIT = 128
+# Registers of a multiprocessor; a thread gets a multiple of 8.
+REGISTERS = 65536
 # Bytes of each block's shared memory that the system keeps from sm_90 on, and counts as the kernel's.
 RESERVED = 1024
 
@@ -45,7 +45,59 @@ def test_no_kernel_spills_or_has_static_shared_memory_or_too_many_registers() ->
     assert len(kernels) > len(TRANSLATED)
     assert [kernel for kernel in kernels if kernel.spilled] == []
     assert [kernel for kernel in kernels if kernel.shared > (0 if kernel.architecture < "sm_90" else RESERVED)] == []
-    assert [kernel for kernel in kernels if kernel.registers > REGISTER_LIMIT] == []
+    assert [kernel for kernel in kernels if -(-kernel.registers // 8) * 8 * kernel.threads > REGISTERS] == []
+
+
+@needs_cuda_library
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("function", "least"), [("gemm_kernel", 40), ("linear_cross_entropy_statistics", 4)])
+def test_a_step_of_a_matrix_product_has_the_tensor_core_instructions_counted_by_hand(
+    function: str, least: int, architecture: str
+) -> None:
+    kernels = cuda_resources.instructions(function, architecture)
+    assert len(kernels) >= least
+    for name, code in kernels.items():
+        size = re.search(r"GemmTile<(\d+), (\d+), (\d+), (\d+), (\d+), (\d+)>", name)
+        assert size is not None
+        warp_rows, warp_columns = int(size[3]), int(size[4])
+        # 32 of the depth are two times 16; an instruction is for 16 rows and 8 columns, in one loop, not unrolled.
+        expected = 2 * (warp_rows // 16) * (warp_columns // 8)
+        if re.search(r"Store<\w+, true>", name):  # which sums a besides, as if there were 8 columns more
+            expected += 2 * (warp_rows // 16)
+        assert sum("HMMA.16816.F32" in line for line in code) == expected, name
+        # Each fragment of a is loaded once, each of b (16 columns) too; and once more before the loop the first ones.
+        loads = 2 * (warp_rows // 16 + warp_columns // 16) + warp_rows // 16 + 1
+        assert sum("LDSM" in line for line in code) == loads, name
+
+
+@needs_cuda_library
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_a_tile_of_attention_has_the_tensor_core_instructions_counted_by_hand(architecture: str) -> None:
+    # (queries of a warp, keys of a tile) by width and whether all options are compiled in: attention.cu's table.
+    tiles = {
+        (64, 0): (32, 64), (96, 0): (32, 64), (128, 0): (32, 32), (256, 0): (16, 64),
+        (64, 1): (32, 64), (96, 1): (16, 64), (128, 1): (16, 64), (256, 1): (16, 64),
+    }  # fmt: skip
+    kernels = cuda_resources.instructions("attention_forward_kernel", architecture)
+    assert len(kernels) == 2 * len(tiles)
+    for name, code in kernels.items():
+        kind = re.search(r"<\w+, (\d+), \(\w+\)(\d)", name)
+        assert kind is not None
+        width, queries, keys = int(kind[1]), *tiles[int(kind[1]), int(kind[2])]
+        # An instruction is for 16 rows, 8 columns and 16 of the depth; scores and output are a product each.
+        assert sum("HMMA.16816.F32" in line for line in code) == 2 * (queries // 16) * (keys // 8) * (width // 16), name
+
+
+@needs_cuda_library
+def test_two_blocks_of_attention_of_width_64_fit_on_a_multiprocessor_of_sm_80() -> None:
+    registers, shared, threads = REGISTERS, 164 * 1024, 2048
+    kernels = [k for k in cuda_resources.kernels() if re.match(r"attention_forward_kernel<\w+, 64,", k.name)]
+    kernels = [kernel for kernel in kernels if kernel.architecture == "sm_80"]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        of_warps = -(-kernel.registers // 8) * 8 * kernel.threads
+        of_block = (128 + 2 * 64) * 64 * 2 + RESERVED  # a tile of queries, one of keys and one of values
+        assert min(registers // of_warps, shared // of_block, threads // kernel.threads) >= 2, kernel
 
 
 def test_every_operator_is_registered_once() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from attention_support import CUDA_16BIT, Case, attend, composed, exact
 from packed_support import FEWER_TARGETS, Packed, Problem, check_packed, on_fewer_targets, starts
-from support import TARGETS, Target, on_kernels
+from support import KERNEL_TARGETS, TARGETS, Target, check
 from torch import Tensor
 
 import fastformer
 import fastformer.functional as F
 
+on_cuda = pytest.mark.parametrize("target", CUDA_16BIT, ids=str)
 on_fast_targets = pytest.mark.parametrize("target", [target for target in TARGETS if not target.slow], ids=str)
 CAUSAL = {"window": (-1, 0)}
 
@@ -77,7 +80,7 @@ def test_new_queries_against_long_caches(
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
-@on_kernels
+@pytest.mark.parametrize("target", KERNEL_TARGETS + CUDA_16BIT, ids=str)
 def test_one_split_makes_sequences_independent_to_the_bit(target: Target, page_size: int) -> None:
     """Whatever the others are: new queries beside prompts, and fewer or more of them."""
     lengths = ((1, 40), (1, 70), (2, 33), (18, 20), (5, 64), (70, 70))
@@ -110,6 +113,66 @@ def test_one_split_makes_sequences_independent_to_the_bit(target: Target, page_s
             assert torch.equal(attend([i])[0], expected), f"sequence {i} alone"
         for i, found in zip((4, 0, 2), attend([4, 0, 2])):
             assert torch.equal(found, together[i]), f"sequence {i} among others"
+
+
+# --- the splits of CUDA C++: a block's four warps have every fourth 16 or 32 keys each, two tiles ahead
+
+
+@on_cuda
+@pytest.mark.parametrize("seed", range(16))
+def test_options_of_packed_sequences_together(target: Target, seed: int) -> None:
+    draw = random.Random(seed)
+    queries = draw.choice([1, 1, 2, 5, 16])
+    heads = draw.choice([(2, 2), (3, 1), (8, 1), (6, 2)])
+    num_splits = draw.choice([None, 1, 2, 5, 50])
+    lengths = [(draw.choice([queries, queries, 0]), draw.choice([0, 1, 15, 16, 17])), (queries, 200)]
+    lengths.append((queries, draw.choice([63, 64, 65, 300])))
+    paged = draw.random() < 0.5
+    case = Packed(
+        tuple(lengths),
+        heads=heads,
+        widths=draw.choice([(64, 64), (40, 72), (128, 128), (256, 100)]),
+        window=draw.choice([(-1, -1), (-1, 0), (50, 0), (70, 3)]),
+        is_causal=draw.random() < 0.3,
+        softcap=draw.choice([None, None, 2.0]),
+        alibi=draw.choice([0, 0, 1, 2]),
+        sinks=draw.choice(["", "fixed"]),
+        page_size=draw.choice([16, 64]) if paged else 0,
+        room=0 if paged else draw.choice([0, 7]),
+        rest=draw.choice([0, 3]),
+        num_splits=num_splits,
+    )
+    check_packed(target, case, grad=False)
+
+
+@on_cuda
+@pytest.mark.parametrize("seed", range(8))
+def test_masks_and_dropout_of_few_queries(target: Target, seed: int) -> None:
+    draw = random.Random(seed)
+    heads, kv_heads = draw.choice([(2, 2), (3, 1), (8, 1)])
+    case = Case(
+        heads=heads,
+        kv_heads=kv_heads,
+        seqlen_q=draw.choice([1, 2]),
+        seqlen_k=draw.choice([1, 65, 300]),
+        head_dim=draw.choice([24, 64, 128]),
+        value_dim=draw.choice([64, 96]),
+        mask=draw.choice(["bool", "tiles", "added", "infinite"]),
+        mask_over=draw.choice(["BHQK", "BK", "QK"]),
+        slopes=draw.choice(["", "BH"]),
+        sinks=draw.random() < 0.5,
+        is_causal=draw.random() < 0.3,
+        causal_alignment="bottom_right",
+        softcap=draw.choice([None, 3.0]),
+        dropout_p=draw.choice([0.0, 0.3]),
+    )
+    tensors = case.tensors(target)
+    state = tensors.pop("dropout_state", None)
+
+    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: function(**dict(zip(tensors, given)), dropout_state=state, **case.options())
+
+    check(target, bound(attend), bound(composed), bound(exact), list(tensors.values()), grad=False)
 
 
 # --- generation

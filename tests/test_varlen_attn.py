@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 import pytest
-from attention_support import without_chance
+from attention_support import CUDA_16BIT, KERNEL_TARGETS, TARGETS, without_chance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_support import FEWER_TARGETS, Packed, check_packed
-from support import KERNEL_TARGETS, TARGETS, Target
+from support import Target
 
 LENGTHS = ((17, 30), (20, 20), (1, 9))
 EMPTY = ((0, 0), (17, 0), (0, 20), (18, 20), (0, 0))
@@ -64,7 +64,7 @@ ALL_AT_ONCE = [name for name in CASES if "everything" in name]
         pytest.param(target, case, id=f"{target}-{name}")
         for target in TARGETS
         for name, case in CASES.items()
-        if target in FEWER_TARGETS or name in ALL_AT_ONCE
+        if target in FEWER_TARGETS + CUDA_16BIT or name in ALL_AT_ONCE
     ],
 )
 def test_equals_dense_attention_of_each_sequence(target: Target, case: Packed) -> None:
@@ -74,7 +74,7 @@ def test_equals_dense_attention_of_each_sequence(target: Target, case: Packed) -
 EDGES = ((95, 95), (96, 128), (97, 127), (128, 129), (193, 192), (5, 256), (4, 257))
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if not target.slow], ids=str)
+@pytest.mark.parametrize("target", [t for t in TARGETS if not t.slow or t in CUDA_16BIT[:1]], ids=str)
 @pytest.mark.parametrize(
     "options",
     [

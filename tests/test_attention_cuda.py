@@ -1,0 +1,83 @@
+"""The CUDA C++ attention in the emulator: features combined at random over several tiles, in every compiled width."""
+
+import os
+import random
+
+import pytest
+import torch
+from attention_support import CUDA_16BIT, Case, attend, check_case, exact
+from support import Target, check, tensor
+
+import fastformer
+
+#: `make simt` takes more.
+COUNT = 64 if os.environ.get("FASTFORMER_SIMT_SCHEDULES") else 6
+WIDTHS = (8, 40, 64, 65, 80, 96, 100, 128, 136, 256)
+
+on_cuda = pytest.mark.parametrize("target", CUDA_16BIT, ids=str)
+
+
+def random_case(number: int) -> Case:
+    """With more rows a key head than attention_decode takes, and each feature in about two of five."""
+    draw = random.Random(number)
+
+    def perhaps(value: object, otherwise: object) -> object:
+        return value if draw.random() < 0.4 else otherwise
+
+    kv_heads = draw.randint(1, 2)
+    fields = {
+        "batch": draw.randint(1, 2),
+        "heads": kv_heads * draw.randint(1, 2),
+        "kv_heads": kv_heads,
+        "seqlen_q": draw.randint(17, 150),
+        "seqlen_k": draw.randint(40, 200),
+        "head_dim": draw.choice(WIDTHS),
+        "value_dim": draw.choice(WIDTHS),
+        "layout": perhaps("awkward", "contiguous"),
+        "window": perhaps((draw.randint(10, 90), draw.choice((None, 0, 20))), None),
+        "causal_alignment": perhaps("bottom_right", "top_left"),
+        "is_causal": perhaps(True, False),
+    }
+    if draw.random() < 0.6:
+        fields |= {
+            "mask": perhaps(draw.choice(("bool", "tiles", "infinite")), ""),
+            "mask_over": draw.choice(("BHQK", "QK", "BK", "HQ")),
+            "slopes": perhaps(draw.choice(("H", "BH")), ""),
+            "sinks": perhaps(True, False),
+            "softcap": perhaps(3.0, None),
+            "dropout_p": perhaps(0.2, 0.0),
+        }
+    return Case(**fields)
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+@on_cuda
+def test_features_at_random(target: Target, number: int) -> None:
+    check_case(target, random_case(number))
+
+
+@on_cuda
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+@pytest.mark.parametrize("softcap", [None, 50.0], ids=["plain", "any"])
+def test_three_tiles_of_keys(target: Target, width: int, softcap: float | None) -> None:
+    """Of each compiled kernel, all of whose tiles come and go."""
+    options = {"is_causal": True, "causal_alignment": "bottom_right", "softcap": softcap}
+    shapes = ((1, 1, 140, width), (1, 1, 185, width), (1, 1, 185, width))
+    check(
+        target,
+        *(lambda *x, function=function: function(*x, **options) for function in (attend, attend, exact)),
+        [tensor(target, *shape) for shape in shapes],
+        grad=False,
+    )
+
+
+@on_cuda
+@pytest.mark.parametrize("sinks", [False, True])
+def test_many_queries_without_keys(target: Target, sinks: bool) -> None:
+    query, key, value = (tensor(target, 1, 2, length, 16) for length in (40, 0, 0))
+    sink = tensor(target, 2).float() if sinks else None
+    with fastformer.backend(target.backend):
+        output, lse = attend(query, key, value, sinks=sink)
+    assert (output == 0).all()
+    expected = torch.full_like(lse, -torch.inf) if sink is None else sink[:, None].expand_as(lse)
+    torch.testing.assert_close(lse, expected)
