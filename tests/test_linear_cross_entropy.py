@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as torch_functional
-from cuda_support import KERNEL_TARGETS, on_kernels, on_targets
+from cuda_support import CUDA_TARGETS, KERNEL_TARGETS, on_kernels, on_targets
 from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Target, awkward, check, laid_out, needs_library, tensor
@@ -15,6 +15,12 @@ import fastformer.functional as F
 from fastformer import backends, reference
 
 CPU = Target("cpu", "cpu", torch.float32)
+#: Where sizes that are multiples of 8 go to products of our own (csrc/cuda/linear_cross_entropy_fused.cu).
+FUSED_TARGETS = [target for target in CUDA_TARGETS if target.dtype != torch.float32]
+on_fused = pytest.mark.parametrize("target", FUSED_TARGETS, ids=str)
+#: Whose bfloat16 logits are never rounded, if V is a multiple of 8.
+EXACT_LOGITS = [Target("cpu", "cpu", torch.bfloat16)] if backends.CPU_LIBRARY else []
+EXACT_LOGITS += [target for target in FUSED_TARGETS if target.dtype == torch.bfloat16]
 
 
 def targets_of(target: Target, rows: int, classes: int, ignored: int = -100) -> Tensor:
@@ -71,8 +77,14 @@ def test_losses_of_rows(target: Target, sizes: tuple[int, int, int], bias: bool,
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_scalar_losses(target: Target, reduction: str, bias: bool, label_smoothing: float) -> None:
-    indices = targets_of(target, 40, 67, ignored=7)
     inputs = layer(target, 40, 16, 67, bias=bias)
+    check_scalar_loss(target, inputs, targets_of(target, 40, 67, ignored=7), reduction, label_smoothing)
+
+
+def check_scalar_loss(
+    target: Target, inputs: list[Tensor | None], indices: Tensor, reduction: str, label_smoothing: float
+) -> None:
+    """Class 7 is ignored."""
     options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": 7}
     with fastformer.backend(target.backend):
         total = loss(indices, **options)(*inputs)
@@ -94,11 +106,85 @@ def _gradients(function, inputs: list[Tensor | None], backend: str) -> tuple[Ten
         return torch.autograd.grad(function(*leaves), [x for x in leaves if x is not None])
 
 
+@on_fused
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "label_smoothing"),
+    [
+        ((2, 8, 8), 0.1),
+        ((7, 40, 1000), 0.0),
+        ((63, 136, 264), 0.1),
+        ((64, 64, 64), 0.0),
+        ((65, 40, 264), 0.0),
+        ((66, 1032, 72), 0.0),
+        ((127, 8, 136), 1.0),
+        ((128, 128, 128), 0.0),
+        ((129, 136, 264), 0.1),
+    ],
+    ids=str,
+)
+def test_edges_of_tiles(target: Target, sizes: tuple[int, int, int], bias: bool, label_smoothing: float) -> None:
+    """One off a tile, in rows, columns and vocabulary; tiles of 128 are for more than 64 rows and columns."""
+    rows, C, V = sizes
+    inputs = layer(target, rows, C, V, bias=bias)
+    check_loss(target, inputs, targets_of(target, rows, V), reduction="none", label_smoothing=label_smoothing)
+    indices = targets_of(target, rows, V, ignored=7)
+    check_scalar_loss(target, inputs, indices, "sum" if bias else "mean", label_smoothing)
+
+
+@on_fused
+@pytest.mark.parametrize("sizes", [(1, 520, 64), (3, 64, 1000)], ids=str)
+def test_split_depths(target: Target, sizes: tuple[int, int, int]) -> None:
+    """Of the logits, and of input's gradient."""
+    rows, C, V = sizes
+    check_loss(target, layer(target, rows, C, V, bias=True), targets_of(target, rows, V), reduction="none")
+
+
+@on_fused
+@given(
+    rows=st.integers(1, 150),
+    widths=st.tuples(st.integers(1, 18), st.integers(1, 34)),
+    bias=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_any_shape_of_tiles(
+    target: Target, rows: int, widths: tuple[int, int], bias: bool, label_smoothing: float
+) -> None:
+    C, V = (8 * width for width in widths)
+    inputs = layer(target, rows, C, V, bias=bias)
+    check_loss(target, inputs, targets_of(target, rows, V), reduction="none", label_smoothing=label_smoothing)
+
+
+@on_fused
+def test_gradients_of_inputs_are_added_up_in_float32(target: Target) -> None:
+    """Many parts of the vocabulary add about the same, which in 16 bits would be rounded to one side each time."""
+    x, weight = tensor(target, 16, 8, scale=0.1), 0.9 + tensor(target, 8192, 8, scale=0.01)
+    weight[0] = 0.0
+    indices = torch.zeros(16, dtype=torch.int64, device=target.device)
+    grad, _ = _gradients(loss(indices, reduction="sum"), [x, weight, None], target.backend)
+    exact, _ = _gradients(exact_loss(indices, "sum"), [x.double(), weight.double(), None], "torch")
+    torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(target.dtype).eps, atol=0)
+
+
+@on_fused
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_losses_are_the_same_without_gradients(target: Target, reduction: str) -> None:
+    x, w, b = layer(target, 70, 24, 264, bias=True)
+    indices = targets_of(target, 70, 264)
+    losses = []
+    for needs_grad in (False, True):
+        with fastformer.backend(target.backend):
+            x = x.detach().requires_grad_(needs_grad)
+            losses.append(F.linear_cross_entropy(x, w, indices, linear_bias=b, reduction=reduction))
+    assert torch.equal(*losses)
+
+
 @on_targets
+@pytest.mark.parametrize("V", [20, 24])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_class_weights(target: Target, reduction: str) -> None:
-    indices, weight = targets_of(target, 9, 20), torch.rand(20, device=target.device).to(target.dtype)
-    inputs = layer(target, 9, 8, 20)
+def test_class_weights(target: Target, reduction: str, V: int) -> None:
+    indices, weight = targets_of(target, 9, V), torch.rand(V, device=target.device).to(target.dtype)
+    inputs = layer(target, 9, 8, V)
     ours = loss(indices, weight=weight, reduction=reduction)
     with fastformer.backend(target.backend):
         mine = ours(*inputs)
@@ -111,9 +197,16 @@ def test_class_weights(target: Target, reduction: str) -> None:
 
 @pytest.mark.parametrize("target", [target for target in KERNEL_TARGETS if target.backend != "triton"], ids=str)
 def test_a_very_large_vocabulary(target: Target) -> None:
-    bias = torch.full((262_144,), 100.0, dtype=target.dtype, device=target.device)
-    inputs = [*layer(target, 4, 8, 262_144)[:2], bias]
-    check_loss(target, inputs, targets_of(target, 4, 262_144), reduction="none", label_smoothing=0.1)
+    V = 16_384 if target.slow and target in FUSED_TARGETS else 262_144  # else half a minute
+    bias = torch.full((V,), 100.0, dtype=target.dtype, device=target.device)
+    inputs = [*layer(target, 4, 8, V)[:2], bias]
+    check_loss(target, inputs, targets_of(target, 4, V), reduction="none", label_smoothing=0.1)
+
+
+@on_fused
+def test_a_block_goes_over_a_row_in_a_loop(target: Target) -> None:
+    """In the kernels around the library's products, which large vocabularies above don't reach in 16 bits."""
+    check_loss(target, layer(target, 8, 7, 9001, bias=True), targets_of(target, 8, 9001), reduction="none")
 
 
 @needs_library
@@ -126,16 +219,26 @@ def test_several_chunks(dtype: torch.dtype, bias: bool) -> None:
 
 
 @on_kernels
-def test_layouts(target: Target) -> None:
-    indices = targets_of(target, 12, 20)[::2]
-    inputs = [awkward(target, 6, 8), tensor(target, 8, 20).t(), tensor(target, 1).expand(20)]
+@pytest.mark.parametrize("V", [20, 24])
+def test_layouts(target: Target, V: int) -> None:
+    indices = targets_of(target, 12, V)[::2]
+    inputs = [awkward(target, 6, 8), tensor(target, 8, V).t(), tensor(target, 1).expand(V)]
     check_loss(target, inputs, indices, reduction="none")
 
 
+@on_fused
+def test_rows_that_begin_off_16_bytes(target: Target) -> None:
+    x, w, b = tensor(target, 6 * 16 + 1)[1:].view(6, 16), tensor(target, 24, 17)[:, 1:], tensor(target, 25)[1:]
+    check_loss(target, [x, w, b], targets_of(target, 6, 24), reduction="none")
+    x, w = tensor(target, 6, 24)[:, 8:], tensor(target, 1, 16).expand(24, 16)
+    check_loss(target, [x, w, b], targets_of(target, 6, 24), reduction="none")
+
+
 @on_kernels
-def test_more_dimensions_and_none(target: Target) -> None:
-    x, w, _ = layer(target, 12, 8, 20)
-    indices = targets_of(target, 12, 20)
+@pytest.mark.parametrize("V", [20, 24])
+def test_more_dimensions_and_none(target: Target, V: int) -> None:
+    x, w, _ = layer(target, 12, 8, V)
+    indices = targets_of(target, 12, V)
     with fastformer.backend(target.backend):
         flat = F.linear_cross_entropy(x, w, indices, reduction="none")
         assert torch.equal(
@@ -146,8 +249,9 @@ def test_more_dimensions_and_none(target: Target) -> None:
 
 
 @on_targets
-def test_nothing_to_learn_from(target: Target) -> None:
-    x, w, _ = (x if x is None else x.requires_grad_() for x in layer(target, 5, 4, 7))
+@pytest.mark.parametrize("sizes", [(4, 7), (8, 16)], ids=str)
+def test_nothing_to_learn_from(target: Target, sizes: tuple[int, int]) -> None:
+    x, w, _ = (x if x is None else x.requires_grad_() for x in layer(target, 5, *sizes))
     ignored = torch.full((5,), -100, device=target.device)
     with fastformer.backend(target.backend):
         mean = F.linear_cross_entropy(x, w, ignored)
@@ -194,9 +298,46 @@ def test_words_that_are_ruled_out(rows: int) -> None:
     assert (grads[0][1][:600] == 0).all()
 
 
+@on_fused
+@pytest.mark.parametrize("rows", [3, 70])
+def test_words_that_are_ruled_out_of_tiles(target: Target, rows: int) -> None:
+    x, w, bias = layer(target, rows, 16, 264, bias=True)
+    bias[:136] = -math.inf  # a whole tile of them, and more
+    indices = torch.randint(136, 264, (rows,), device=target.device)
+    for reduction in ("none", "sum"):
+        ours = loss(indices, reduction=reduction)
+
+        def exact(*inputs: Tensor, reduction: str = reduction) -> Tensor:
+            return torch_functional.cross_entropy(torch_functional.linear(*inputs), indices, reduction=reduction)
+
+        check(target, ours, ours, exact, [x, w, bias])
+        _, by_weight, by_bias = _gradients(lambda *y: ours(*y).sum(), [x, w, bias], target.backend)  # noqa: B023
+        assert (by_weight[:136] == 0).all() and (by_bias[:136] == 0).all()
+
+
+@pytest.mark.parametrize("target", CUDA_TARGETS, ids=str)
+@pytest.mark.parametrize("V", [20, 24])
+def test_a_target_that_is_no_word(target: Target, V: int) -> None:
+    """Nobody has looked at targets in the memory of a GPU: its loss lacks a logit, and nothing else happens."""
+    namespace = torch.ops.fastformer_simt if target.slow else torch.ops.fastformer
+    x, w, _ = layer(target, 4, 8, V)
+    indices = torch.tensor([-1, V, V + 3, 2**40], device=target.device)
+    shares = torch.ones(4, device=target.device)
+    losses, lse, *_ = namespace.linear_cross_entropy_forward(x, w, None, indices, None, -100, 0.0, False)
+    torch.testing.assert_close(losses, lse)
+    total, _, *grads = namespace.linear_cross_entropy_forward(x, w, None, indices, shares, -100, 0.0, True)
+    torch.testing.assert_close(total, lse.sum())
+    probabilities = (x.double() @ w.double().t()).softmax(-1)
+    for grad, exact in zip(grads, (probabilities @ w.double(), probabilities.t() @ x.double())):
+        tolerance = 4 * torch.finfo(target.dtype).eps
+        torch.testing.assert_close(grad.double(), exact, rtol=tolerance, atol=tolerance)
+
+
 @on_kernels
-def test_huge_logits(target: Target) -> None:
+@pytest.mark.parametrize("zeros", [(0, 0), (7, 5)], ids=str)
+def test_huge_logits(target: Target, zeros: tuple[int, int]) -> None:
     x, w = torch.tensor([[100.0], [-100.0]]), torch.tensor([[100.0], [-100.0], [0.0]])
+    x, w = torch_functional.pad(x, (0, zeros[0])), torch_functional.pad(w, (0, zeros[0], 0, zeros[1]))
     x, w = (y.to(target.dtype).to(target.device).requires_grad_() for y in (x, w))
     with fastformer.backend(target.backend):
         losses = F.linear_cross_entropy(x, w, torch.tensor([0, 2], device=target.device), reduction="none")
@@ -416,17 +557,17 @@ def test_errors(error: type, words: str, changes: dict) -> None:
         F.linear_cross_entropy(**(arguments | changes))
 
 
-@needs_library
+@pytest.mark.parametrize("target", EXACT_LOGITS, ids=str)
 @pytest.mark.parametrize("logit", [20.0, 100.0, 2000.0])
-def test_confident_rows_have_small_gradients(logit: float) -> None:
+def test_confident_rows_have_small_gradients(target: Target, logit: float) -> None:
     """Probabilities come from logits that are as exact as the log-sum-exp, whatever their size."""
-    weight = torch.nn.functional.normalize(torch.randn(500, 64), dim=1).bfloat16()
-    target = torch.arange(100)
+    weight = torch_functional.normalize(torch.randn(504, 64), dim=1).bfloat16().to(target.device)
+    indices = torch.arange(100, device=target.device)
     input = (logit * weight[:100].double()).bfloat16().requires_grad_()
-    with fastformer.backend("cpu" if backends.CPU_LIBRARY else "torch"):
-        F.linear_cross_entropy(input, weight, target, reduction="sum").backward()
+    with fastformer.backend(target.backend):
+        F.linear_cross_entropy(input, weight, indices, reduction="sum").backward()
     exact = input.detach().double().requires_grad_()
-    torch.nn.functional.cross_entropy(exact @ weight.double().T, target, reduction="sum").backward()
+    torch_functional.cross_entropy(exact @ weight.double().T, indices, reduction="sum").backward()
     assert (input.grad - exact.grad).abs().max() <= 0.01 * exact.grad.abs().max() + 1e-6
 
 

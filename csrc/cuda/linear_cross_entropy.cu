@@ -1,16 +1,11 @@
-// Cross-entropy of logits = input weight^T + bias, which are never all in memory, forward and backward. The products
-// are the library's, into a buffer of bounded size; the losses, and the gradients in the logits' place, are here.
+// Cross-entropy of logits = input weight^T + bias, which are never all in memory, forward and backward. Matrices of
+// 16-bit elements whose rows take 16-byte accesses go to linear_cross_entropy_fused.cu. For others the products are the
+// library's, into a buffer of bounded size; the losses, and the gradients in the logits' place, are here.
 //
-// Shapes: N rows, C columns, V vocabulary. With label smoothing s, a row's loss is
-//   lse - (1 - s) logit[target] - s mean(logits)
-// and its gradient by the logits softmax(logits) - (1 - s) onehot(target) - s / V; both are 0 where target is
-// ignore_index, and the loss lacks its target's logit where target is no column at all.
-#include <algorithm>
+// Shapes: N rows, C columns, V vocabulary.
 #include <tuple>
 
-#include "../library_product.h"
-#include "../linear_cross_entropy.h"
-#include "rows.cuh"
+#include "linear_cross_entropy.cuh"
 
 namespace fastformer::cuda {
 namespace {
@@ -21,40 +16,6 @@ constexpr int kThreads = 256;  // of a block, at most
 // Of blocks on a multiprocessor: 128 registers a thread, for four accesses in flight and their 32 logits; while one
 // waits at a barrier another works.
 constexpr int kLeastBlocks = 2;
-
-// What a row's loss is made of. The exponentials are relative to the greatest logit, which keeps them in range, and
-// more columns can be joined to (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
-struct Statistics {
-  float peak, total;  // the greatest logit, and the sum of exp(logit - peak)
-  float picked;       // the target's logit
-  float sum;          // of the logits
-
-  FASTFORMER_DEVICE void join(const Statistics& other) {
-    const float new_peak = fmaxf(peak, other.peak), shift = finite(new_peak);
-    total = total * exp_below(peak, shift) + other.total * exp_below(other.peak, shift);
-    peak = new_peak;
-    picked += other.picked;
-    sum += other.sum;
-  }
-};
-
-struct Loss {
-  int64_t vocabulary;  // V
-  int64_t ignore_index;
-  float smoothing;
-
-  FASTFORMER_DEVICE bool keeps(int64_t label) const { return label != ignore_index; }
-
-  // By differences from the greatest logit: a small loss keeps its digits.
-  FASTFORMER_DEVICE float of(const Statistics& row, int64_t label) const {
-    if (!keeps(label)) return 0.0f;
-    const float log_total = logf(row.total), loss = log_total - (row.picked - row.peak);
-    if (smoothing == 0.0f) return loss;
-    return (1.0f - smoothing) * loss + smoothing * (log_total - (row.sum / vocabulary - row.peak));
-  }
-};
-
-FASTFORMER_DEVICE float lse_of(const Statistics& row) { return row.peak + logf(row.total); }
 
 // This thread's columns of a row in the buffer from `start` on, -inf from `columns` on, and the sum of those that
 // exist.
@@ -80,10 +41,10 @@ FASTFORMER_DEVICE float load_logits(float (&logits)[kHeld<kWidest<T>>], const T*
 // Of the logits in a row of the buffer; its columns are those of the vocabulary from `first` on. A barrier lies between
 // its reads and its end.
 template <typename T>
-FASTFORMER_DEVICE Statistics statistics_of(const T* row, int64_t columns, int64_t first, int64_t label,
-                                           Team<kBlock>& team) {
+FASTFORMER_DEVICE LossStatistics statistics_of(const T* row, int64_t columns, int64_t first, int64_t label,
+                                               Team<kBlock>& team) {
   const bool has_label = label >= first && label < first + columns;
-  Statistics result{-INFINITY, 0.0f, has_label ? to_float(row[label - first]) : 0.0f, 0.0f};
+  LossStatistics result{-INFINITY, 0.0f, has_label ? to_float(row[label - first]) : 0.0f, 0.0f};
   const int64_t step = static_cast<int64_t>(team.size()) * kHeld<kWidest<T>>;
   float logits[kHeld<kWidest<T>>];
   for (int64_t start = 0; start < columns; start += step) {
@@ -97,10 +58,7 @@ FASTFORMER_DEVICE Statistics statistics_of(const T* row, int64_t columns, int64_
     for (int i = 0; i < kHeld<kWidest<T>>; ++i) result.total += exp_below(logits[i], shift);
     result.peak = peak;
   }
-  const float peak = team.max(result.peak);
-  result.total = team.sum(result.total * exp_below(result.peak, finite(peak)));
-  result.sum = team.sum(result.sum);
-  result.peak = peak;
+  result.join_over(team);
   return result;
 }
 
@@ -109,20 +67,20 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     linear_cross_entropy_loss(const T* logits,          // [rows, columns], rows `stride` apart, a multiple of 16 bytes
                               const int64_t* target,    // [rows]
                               const float* row_weight,  // [rows]: a factor of the loss; or null
-                              Statistics* running,      // [rows]: of the columns before `first`
+                              LossStatistics* running,  // [rows]: of the columns before `first`
                               float* losses,            // [rows]
                               float* lse,               // [rows]
                               int64_t columns, int64_t stride, int64_t first, const Loss loss) {
   Team<kBlock> team;
   const int64_t row = team.row(), label = target[row];
-  Statistics statistics = statistics_of(logits + row * stride, columns, first, label, team);
+  LossStatistics statistics = statistics_of(logits + row * stride, columns, first, label, team);
   if (team.rank() != 0) return;
   if (first > 0) statistics.join(running[row]);
   if (first + columns < loss.vocabulary) {
     running[row] = statistics;
   } else {
     losses[row] = loss.of(statistics, label) * (row_weight == nullptr ? 1.0f : row_weight[row]);
-    lse[row] = lse_of(statistics);
+    lse[row] = statistics.lse();
   }
 }
 
@@ -138,10 +96,10 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
   const int64_t index = team.row(), label = target[index], columns = loss.vocabulary;
   T* row = logits + index * stride;
   const float grad = row_grad[index];
-  const Statistics statistics = statistics_of(row, columns, 0, label, team);
+  const LossStatistics statistics = statistics_of(row, columns, 0, label, team);
   if (losses != nullptr && team.rank() == 0) {
     losses[index] = loss.of(statistics, label) * grad;
-    lse[index] = lse_of(statistics);
+    lse[index] = statistics.lse();
   }
   const float shift = finite(statistics.peak), inverse = 1.0f / statistics.total;
   const float spread = loss.smoothing / columns, at_label = 1.0f - loss.smoothing;
@@ -203,10 +161,10 @@ dim3 block_of(int64_t columns) {
 
 // Logits are held for a block of rows by columns of the vocabulary: about kBufferBytes of them. Where the vocabulary
 // has to be taken in parts, of kLossRows rows, so that a product reads few operands for its sums.
-#ifdef FASTFORMER_SIMT  // where small tests are to take all turns
-constexpr int64_t kBufferBytes = 4096, kLossRows = 8;
+#ifdef FASTFORMER_SIMT
+constexpr int64_t kLossRows = 8;
 #else
-constexpr int64_t kBufferBytes = int64_t{64} << 20, kLossRows = 2048;
+constexpr int64_t kLossRows = 2048;
 #endif
 // Rows in the buffer begin at multiples of so many elements, for the widest accesses.
 constexpr int64_t kRowAlignment = 64;
@@ -216,16 +174,6 @@ int64_t aligned(int64_t columns) { return ceil_div(columns, kRowAlignment) * kRo
 struct Chunks {
   int64_t rows, columns;  // of one
 };
-
-int64_t fitting(int64_t bytes, int64_t extent, int64_t element_size) {
-  return std::max(bytes / (std::max(extent, int64_t{1}) * element_size), int64_t{1});
-}
-
-// The size of one where `extent` is taken in equal parts of `most`, at most.
-int64_t even(int64_t extent, int64_t most) {
-  const int64_t parts = std::max(ceil_div(extent, most), int64_t{1});
-  return std::max(ceil_div(extent, parts), int64_t{1});
-}
 
 // A loss needs no row as a whole.
 Chunks chunks_for_losses(int64_t N, int64_t V, int64_t element_size) {
@@ -260,41 +208,16 @@ Tensor new_buffer(const Tensor& input, int64_t rows, int64_t columns) {
   return empty_like_sizes(input, {rows, aligned(columns)}, input.scalar_type());
 }
 
-// What both operators were given, checked.
-struct Arguments {
-  const Tensor &input, &weight;
-  const std::optional<Tensor>& bias;
-  Tensor target;
-  std::optional<Tensor> row_weight;  // of the losses, or the gradient by them
-  Loss loss;
-  DType dtype;
-
-  Arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& targets,
-            const std::optional<Tensor>& row_values, const char* row_values_name, int64_t ignore_index,
-            double label_smoothing)
-      : input(input), weight(weight), bias(bias), dtype(dtype_of(input, "input")) {
-    check_linear_cross_entropy(input, weight, bias, targets, label_smoothing);
-    check_row_values(row_values, row_values_name, input.size(0));
-    check_device(weight, "weight", input, "input");
-    if (bias.has_value()) check_device(*bias, "bias", input, "input");
-    check_device(targets, "target", input, "input");
-    if (row_values.has_value()) check_device(*row_values, row_values_name, input, "input");
-    target = as_contiguous(targets);
-    if (row_values.has_value()) row_weight = as_contiguous(*row_values);
-    loss = {weight.size(0), ignore_index, static_cast<float>(label_smoothing)};
-  }
-
-  // The logits of the rows of x, from column `first` of the vocabulary on.
-  void multiply(const Tensor& logits, const Tensor& x, int64_t first) const {
-    const int64_t columns = logits.size(1);
-    std::optional<Tensor> added;
-    if (bias.has_value()) added = narrow(*bias, 0, first, columns);
-    library_linear(logits, x, narrow(weight, 0, first, columns), added);
-  }
-};
+// The logits of the rows of x, from column `first` of the vocabulary on.
+void multiply(const LossArguments& args, const Tensor& logits, const Tensor& x, int64_t first) {
+  const int64_t columns = logits.size(1);
+  std::optional<Tensor> added;
+  if (args.bias.has_value()) added = narrow(*args.bias, 0, first, columns);
+  library_linear(logits, x, narrow(args.weight, 0, first, columns), added);
+}
 
 // Writes losses, times row_weight if there is one, and lse.
-void compute_losses(const Arguments& args, const Tensor& losses, const Tensor& lse, const OnDevice& device) {
+void compute_losses(const LossArguments& args, const Tensor& losses, const Tensor& lse, const OnDevice& device) {
   const int64_t N = args.input.size(0), V = args.weight.size(0);
   const Chunks most = chunks_for_losses(N, V, args.input.element_size());
   const Tensor buffer = new_buffer(args.input, most.rows, most.columns);
@@ -305,12 +228,12 @@ void compute_losses(const Arguments& args, const Tensor& losses, const Tensor& l
     int64_t first = 0;
     do {
       const int64_t columns = std::min(most.columns, V - first);
-      args.multiply(narrow(narrow(buffer, 0, 0, rows), 1, 0, columns), x, first);
+      multiply(args, narrow(narrow(buffer, 0, 0, rows), 1, 0, columns), x, first);
       for_dtype(args.dtype, [&]<typename T>() {
         const float* row_weight = pointer<float>(args.row_weight);
         launch(linear_cross_entropy_loss<T>, dim3(rows), block_of<T>(columns), Team<kBlock>::kSharedBytes,
                device.stream, pointer<T>(buffer), pointer<int64_t>(args.target) + begin,
-               row_weight == nullptr ? nullptr : row_weight + begin, mutable_pointer<Statistics>(running),
+               row_weight == nullptr ? nullptr : row_weight + begin, mutable_pointer<LossStatistics>(running),
                mutable_pointer<float>(losses) + begin, mutable_pointer<float>(lse) + begin, columns, buffer.stride(0),
                first, args.loss);
       });
@@ -319,13 +242,9 @@ void compute_losses(const Arguments& args, const Tensor& losses, const Tensor& l
   }
 }
 
-struct Gradients {
-  Tensor input, weight, bias;
-};
-
 // The gradients of the sum of row_weight * loss. Writes losses and lse like compute_losses, if they are asked for.
-Gradients compute_gradients(const Arguments& args, const std::optional<Tensor>& losses,
-                            const std::optional<Tensor>& lse, const OnDevice& device) {
+LossGradients compute_gradients(const LossArguments& args, const std::optional<Tensor>& losses,
+                                const std::optional<Tensor>& lse, const OnDevice& device) {
   const int64_t N = args.input.size(0), C = args.input.size(1), V = args.weight.size(0);
   const ScalarType dtype = args.input.scalar_type();
   const int64_t most = rows_for_gradients(N, C, V, args.input.element_size());
@@ -345,7 +264,7 @@ Gradients compute_gradients(const Arguments& args, const std::optional<Tensor>& 
     const bool is_first = chunk == 0, is_last = chunk + 1 == chunks;
     const Tensor x = narrow(args.input, 0, begin, rows);
     const Tensor logits = narrow(narrow(buffer, 0, 0, rows), 1, 0, V);
-    args.multiply(logits, x, 0);
+    multiply(args, logits, x, 0);
     for_dtype(args.dtype, [&]<typename T>() {
       launch(linear_cross_entropy_gradient<T>, dim3(rows), block_of<T>(V), Team<kBlock>::kSharedBytes, device.stream,
              mutable_pointer<T>(buffer), pointer<int64_t>(args.target) + begin, pointer<float>(args.row_weight) + begin,
@@ -356,7 +275,9 @@ Gradients compute_gradients(const Arguments& args, const std::optional<Tensor>& 
     if (adds_parts) {
       library_product(part, transposed(logits), x);
       const std::optional<Tensor> result = is_last ? std::optional<Tensor>(grad_weight) : std::nullopt;
-      for_dtype(args.dtype, [&]<typename T>() { launch_add<T>(part, total, result, is_first, device); });
+      for_dtype(args.dtype, [&]<typename T>() {
+        if constexpr (!__is_same(T, float)) launch_add<T>(part, total, result, is_first, device);
+      });
     } else if (is_first) {
       library_product(grad_weight, transposed(logits), x);
     } else {
@@ -367,34 +288,46 @@ Gradients compute_gradients(const Arguments& args, const std::optional<Tensor>& 
   return {grad_input, grad_weight, args.bias.has_value() ? sum_of_rows(bias_sums, dtype) : no_result(args.input)};
 }
 
+bool is_fused(const LossArguments& args) {
+  const auto fits = [](int64_t width) { return width > 0 && width % 8 == 0; };
+  return args.dtype != DType::float32 && args.input.size(0) > 0 && fits(args.input.size(1)) &&
+         fits(args.weight.size(0));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward(
     const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& target,
     const std::optional<Tensor>& row_weight, int64_t ignore_index, double label_smoothing, bool save_grads) {
   const OnDevice device(input);
-  const Arguments args(input, weight, bias, target, row_weight, "row_weight", ignore_index, label_smoothing);
+  const LossArguments args(input, weight, bias, target, row_weight, "row_weight", ignore_index, label_smoothing);
   STD_TORCH_CHECK(!save_grads || row_weight.has_value(), "save_grads needs row_weight");
   const Tensor losses = empty_like_sizes(input, {input.size(0)}, ScalarType::Float);
   const Tensor lse = empty_like_sizes(input, {input.size(0)}, ScalarType::Float);
-  Gradients gradients{no_result(input), no_result(input), no_result(input)};
+  LossGradients gradients{no_result(input), no_result(input), no_result(input)};
+  const bool fused = is_fused(args);
   if (save_grads) {
-    gradients = compute_gradients(args, losses, lse, device);
+    gradients =
+        fused ? compute_gradients_fused(args, losses, lse, device) : compute_gradients(args, losses, lse, device);
   } else {
-    compute_losses(args, losses, lse, device);
+    fused ? compute_losses_fused(args, losses, lse, device) : compute_losses(args, losses, lse, device);
   }
   return {row_weight.has_value() ? torch::stable::sum(losses) : losses, lse, gradients.input, gradients.weight,
           gradients.bias};
 }
 
-// lse is not read: each row's greatest logit shifts the exponentials with less rounding, and is found with their sum.
+// The library's products leave lse unread: each row's greatest logit shifts the exponentials with less rounding, and is
+// found with their sum.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(const Tensor& grad_losses, const Tensor& input,
                                                                  const Tensor& weight,
                                                                  const std::optional<Tensor>& bias,
                                                                  const Tensor& target, const Tensor& lse,
                                                                  int64_t ignore_index, double label_smoothing) {
   const OnDevice device(input);
-  const Arguments args(input, weight, bias, target, grad_losses, "grad_losses", ignore_index, label_smoothing);
+  const LossArguments args(input, weight, bias, target, grad_losses, "grad_losses", ignore_index, label_smoothing);
   check_row_values(lse, "lse", input.size(0));
-  const Gradients gradients = compute_gradients(args, std::nullopt, std::nullopt, device);
+  check_device(lse, "lse", input, "input");
+  const LossGradients gradients = is_fused(args)
+                                      ? compute_gradients_fused(args, std::nullopt, as_contiguous(lse), device)
+                                      : compute_gradients(args, std::nullopt, std::nullopt, device);
   return {gradients.input, gradients.weight, gradients.bias};
 }
 
