@@ -132,6 +132,7 @@ def _run(options: argparse.Namespace) -> report.Results:
         for name in (*OPERATIONS, *LONG_OPERATIONS)
         if name in wanted
         for case in _cases(name, device, dtypes, more=options.suite == "cpu")
+        if backend != "cuda" or case.dtype in _cuda_dtypes(name)
     ]
     expected = [CASE_SECONDS[compiles and case.compiled is not None] for case in cases]
     total = LIMITS_SECONDS + sum(expected) + (END_TO_END_SECONDS if END_TO_END in wanted else 0)
@@ -179,6 +180,12 @@ def _run(options: argparse.Namespace) -> report.Results:
     end_to_end = comparison.results() if comparison else None
     results = report.collect(environment, limits, rows, end_to_end, interrupted=interrupted)
     return results | {"scaling": scaling.as_rows(curves)}
+
+
+def _cuda_dtypes(name: str) -> tuple[torch.dtype, ...]:
+    """Those that the CUDA C++ kernels of an operation, or one of attention's other forms, have."""
+    operation = "attention" if name in ("attention_window", "varlen_attn") else name
+    return backends.CUDA_DTYPES.get(operation, backends.KERNEL_DTYPES)
 
 
 def _cases(operation: str, device: torch.device, dtypes: list[torch.dtype], *, more: bool = False) -> Iterator[Case]:

@@ -21,7 +21,16 @@ RESULTS = TESTS.parent / "benchmarks" / "results"
 # About builds and emulators, which need no GPU; and what measures this project's own files.
 ELSEWHERE = ("test_build.py", "test_simt.py", "test_cuda_static.py", "test_ahead_of_time.py", "test_matrix.py")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-CUDA_OPERATIONS = ("softmax", "layer_norm", "rotary", "feed_forward", "linear_cross_entropy")
+CUDA_OPERATIONS = (
+    "softmax",
+    "layer_norm",
+    "rotary",
+    "feed_forward",
+    "linear_cross_entropy",
+    "attention",
+    "attention_window",
+    "varlen_attn",
+)
 
 
 def run(title: str, command: list[str], **environment: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,6 +51,31 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         x, weight, target = leaf(9, 32), leaf(words, 32), torch.randint(words, (9,), device=device)
         for reduction in ("mean", "none"):
             yield f"linear_cross_entropy {words}", F.linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+    if dtype != torch.float32:
+        yield from attention_cases(device, dtype)
+
+
+def attention_cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every width that is compiled, and one that is padded; with options and without; prompts, and a few queries."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+    bias = torch.randn(2, 1, 150, 150, device=device, requires_grad=True)
+    options = {"softcap": 20.0, "alibi_slopes": torch.rand(4, device=device), "window": (70, 0), "dropout_p": 0.1}
+    sinks = torch.zeros(4, device=device, requires_grad=True)
+    starts = torch.tensor([0, 100, 100, 150], dtype=torch.int32, device=device)
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
+    for width in (64, 96, 128, 256, 33):
+        query, key, value = leaf(2, 4, 150, width), leaf(2, 2, 150, width), leaf(2, 2, 150, width)
+        yield f"attention {width}", attend(query, key, value, is_causal=True).sum()
+        yield f"attention {width}, options", attend(query, key, value, bias, **options, sinks=sinks).sum()
+        yield f"attention {width}, mask", attend(query, key, value, bias > 0).sum()
+        packed = leaf(150, 4, width), leaf(150, 2, width), leaf(150, 2, width)
+        yield f"varlen_attn {width}", F.varlen_attn(*packed, starts, starts, 100, 100, enable_gqa=True).sum()
+        for count in (1, 3):
+            few = attend(query[:, :, :count], key, value, is_causal=True, causal_alignment="bottom_right")
+            yield f"attention {width}, {count} queries", few.sum()
 
 
 def main(device: str = "cuda") -> None:
