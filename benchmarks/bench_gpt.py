@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from fastformer.models.data import random_batch, sample_text, split_text
 from fastformer.models.tokenizer import Tokenizer
 from fastformer.models.training import Trainer, TrainingConfig
 
-from .plain_gpt import PlainGPT
+from .plain_gpt import PlainGPT, sizes
 
 STEPS = 40
 WARMUP_STEPS = 3  # trained, but not timed
@@ -179,7 +179,7 @@ class _Training:
         torch.manual_seed(0)
         model = GPT(job.config)
         if job.name == "torch":
-            plain = PlainGPT(**asdict(job.config))
+            plain = PlainGPT(**sizes(job.config))
             plain.load_state_dict(model.state_dict())
             model = plain
         self.trainer = Trainer(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from fastformer.models import GPT, GPTConfig
 from fastformer.models.training import TrainingConfig, make_optimizer
 
 from .harness import TRAINING, Limits, Pace, Row, Timer, Work, measure, short_name
-from .plain_gpt import PlainGPT
+from .plain_gpt import PlainGPT, sizes
 
 OPERATION = "train_step"
 CONFIG = GPTConfig(vocab_size=8192, context_length=512, num_layers=6, num_heads=6, d_model=384)
@@ -33,7 +32,7 @@ def rows(device: torch.device, timer: Timer, limits: Limits, pace: Pace, rng: ra
     for dtype in DTYPES:
         torch.manual_seed(0)
         ours = GPT(CONFIG)
-        plain = PlainGPT(**asdict(CONFIG))
+        plain = PlainGPT(**sizes(CONFIG))
         plain.load_state_dict(ours.state_dict())
         ours, plain = ours.to(device, dtype), plain.to(device, dtype)
         tokens, targets = torch.randint(CONFIG.vocab_size, (2, BATCH, CONFIG.context_length), device=device)
@@ -50,7 +49,7 @@ def rows(device: torch.device, timer: Timer, limits: Limits, pace: Pace, rng: ra
                 row.peers["compile"] = reason
             else:
                 torch._dynamo.reset()
-                copy = PlainGPT(**asdict(CONFIG)).to(device, dtype)
+                copy = PlainGPT(**sizes(CONFIG)).to(device, dtype)
                 calls["compile"] = _step(torch.compile(copy, dynamic=False), tokens, targets)
             timings = measure(calls, timer, pace, rng)
         row.ours = timings.pop("ours")

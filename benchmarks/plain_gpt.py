@@ -49,6 +49,12 @@ class Block(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
+def sizes(config):
+    """The arguments of the PlainGPT that is a GPT of that configuration."""
+    names = ("vocab_size", "context_length", "num_layers", "num_heads", "d_model")
+    return {name: getattr(config, name) for name in names}
+
+
 class PlainGPT(nn.Module):
     def __init__(self, vocab_size, context_length, num_layers, num_heads, d_model):
         super().__init__()

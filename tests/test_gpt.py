@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +14,7 @@ from torch import Tensor
 import fastformer
 from fastformer.benchmarks import plain_gpt
 from fastformer.models import GPT, GPTConfig
-from fastformer.models.gpt import sample
+from fastformer.models.generation import sample
 
 CONFIG = GPTConfig(vocab_size=61, context_length=16, num_layers=2, num_heads=2, d_model=32)
 
@@ -35,7 +34,7 @@ def model() -> GPT:
 
 
 def plain_copy(model: GPT, module: ModuleType = plain_gpt) -> torch.nn.Module:
-    plain = module.PlainGPT(**asdict(model.config))
+    plain = module.PlainGPT(**plain_gpt.sizes(model.config))
     plain.load_state_dict(model.state_dict(), strict=True)
     return plain
 
@@ -133,18 +132,23 @@ def test_cache_gives_the_full_forward(model: GPT, chunks: list[int]) -> None:
     with torch.no_grad():
         pieces = [model(piece, cache=cache) for piece in tokens.split(chunks, dim=1)]
         assert_same(torch.cat(pieces, dim=1), model(tokens))
-    assert [layer.length for layer in cache] == [9, 9]
+    assert cache.length == 9
 
 
 def test_cache_holds_keys_and_values_by_head(model: GPT) -> None:
-    cache = model.new_cache(2)[0]
+    cache = model.new_cache(2)
     heads = CONFIG.num_heads
-    new = [torch.randn(2, 2, heads, count, CONFIG.d_model // heads) for count in (3, 1)]
-    cache.append(new[0])
-    key, value = cache.append(new[1])
+    new = [torch.randn(2, 2 * heads, count, CONFIG.head_dim) for count in (3, 1)]
+    for keys_values in new:
+        count = keys_values.shape[2]
+        cache.place(torch.zeros(2, count, dtype=torch.int64))
+        output = cache.attend(1, torch.randn(2, heads, count, CONFIG.head_dim), keys_values)
+        cache.advance()
     assert cache.length == 4
-    assert torch.equal(torch.stack((key, value)), torch.cat(new, dim=3))
-    assert torch.equal(cache.keys_values[:, :, :, :4], torch.cat(new, dim=3))
+    assert torch.equal(cache.keys_values[1][:, :, :4], torch.cat(new, dim=2))
+    values = cache.keys_values[1][:, heads:, :4]
+    assert output.shape == (2, heads, 1, CONFIG.head_dim)
+    assert (output.amax(2) <= values.amax(2)).all()  # a mean of the values
 
 
 @torch.no_grad()

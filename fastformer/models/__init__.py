@@ -1,25 +1,31 @@
-"""Models built from fastformer.nn, with what it takes to train and sample them.
+"""Models built from fastformer.nn, with what it takes to train them and to generate with them.
 
-GPT is importable from here with torch alone. The modules ``tokenizer``, ``data``, ``training`` and ``checkpoint`` need
-the packages of ``pip install fastformer[models]``, and say so.
+GPT, BERT and Seq2Seq are importable from here with torch alone. Pretrained checkpoints, and the modules ``tokenizer``,
+``data``, ``training`` and ``checkpoint``, need the packages of ``pip install fastformer[models]``, and say so.
 """
 
-from __future__ import annotations
+from fastformer.models.bert import BERT
+from fastformer.models.cache import KVCache, PagedKVCache
+from fastformer.models.config import BERTConfig, GPTConfig, RotaryScaling, Seq2SeqConfig
+from fastformer.models.embeddings import LoadedEmbeddings, load_embeddings
+from fastformer.models.files import require
+from fastformer.models.generation import Hypothesis
+from fastformer.models.gpt import GPT
+from fastformer.models.seq2seq import Seq2Seq, shift_right
 
-import importlib
-from types import ModuleType
-
-from fastformer.models.gpt import GPT, GPTConfig, KVCache
-
-__all__ = ["GPT", "GPTConfig", "KVCache", "require"]
-
-
-def require(name: str) -> ModuleType:
-    """Import an optional dependency, or raise an ImportError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        if error.name != package:
-            raise
-        raise ImportError(f"{package} is not installed: pip install fastformer[models]", name=package) from error
+__all__ = [
+    "BERT",
+    "GPT",
+    "BERTConfig",
+    "GPTConfig",
+    "Hypothesis",
+    "KVCache",
+    "LoadedEmbeddings",
+    "PagedKVCache",
+    "RotaryScaling",
+    "Seq2Seq",
+    "Seq2SeqConfig",
+    "load_embeddings",
+    "require",
+    "shift_right",
+]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastformer.models import GPT, GPTConfig, require
+from fastformer.models.config import GPTConfig
+from fastformer.models.files import replacing, require
+from fastformer.models.gpt import GPT
 
 FORMAT = "fastformer-gpt-1"
 MODEL_FILE = "model.safetensors"
@@ -27,19 +26,6 @@ class Checkpoint:
     weights: dict[str, Tensor]  # the model's state_dict
     training_tensors: dict[str, Tensor]  # optimizer and random state; empty unless asked for
     training: dict[str, object]  # what else training needs to go on, as JSON has it
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path`` to write to, which replaces ``path`` only if nothing is raised."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastformer.models import require
-from fastformer.models.checkpoint import replacing
+from fastformer.models.files import replacing, require
 
 
 class Tokenizer:
@@ -61,6 +60,10 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Each token as it is written in tokenizer.json, and its number."""
+        return self._tokenizer.get_vocab()
 
     def encode(self, text: str) -> Tensor:
         """Tokens of ``text``, int64 [N]."""

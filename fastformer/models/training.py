@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastformer.models import require
 from fastformer.models.checkpoint import Checkpoint, save
 from fastformer.models.data import check_length, consecutive_batches, random_batch
+from fastformer.models.files import require
 
 HELD_OUT_WINDOWS = 64  # of context_length tokens, at most
 
