@@ -126,14 +126,14 @@ struct ScaledQuery {
 inline ScaledQuery with_positive_scale(const Tensor& query, double scale) {
   const float narrow = static_cast<float>(scale);
   if (narrow > 0) return {query, scale};
-  const double sign = narrow < 0 ? -1.0 : narrow;  // 0 and NaN stay
+  const double sign = narrow < 0 ? -1.0 : narrow;  // 0 and NaN go into the query
   AtenTensorHandle result = nullptr;
 #if defined(USE_CUDA) && !defined(FASTFORMER_SIMT)
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mul_Scalar(query.get(), sign, &result));
 #else
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mul_Scalar(query.get(), sign, &result));
 #endif
-  return {Tensor(result), sign == 0.0 ? 1.0 : std::abs(scale)};
+  return {Tensor(result), sign == -1.0 ? std::abs(scale) : 1.0};
 }
 
 // The kernels' softcap: beyond these bounds it changes nothing more, but scale / softcap might become 0 or infinite.

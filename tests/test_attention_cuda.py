@@ -9,6 +9,7 @@ from attention_support import CUDA_16BIT, Case, attend, check_case, exact
 from support import Target, check, tensor
 
 import fastformer
+from fastformer import backends
 
 #: `make simt` takes more.
 COUNT = 64 if os.environ.get("FASTFORMER_SIMT_SCHEDULES") else 6
@@ -81,3 +82,39 @@ def test_many_queries_without_keys(target: Target, sinks: bool) -> None:
     assert (output == 0).all()
     expected = torch.full_like(lse, -torch.inf) if sink is None else sink[:, None].expand_as(lse)
     torch.testing.assert_close(lse, expected)
+
+
+@on_cuda
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_values_of_an_odd_width_without_keys(target: Target, seqlen_q: int) -> None:
+    query, key, value = (tensor(target, 1, 1, *shape) for shape in ((seqlen_q, 8), (0, 8), (0, 7)))
+    with fastformer.backend(target.backend):
+        output, lse = attend(query, key, value)
+    assert output.shape == (1, 1, seqlen_q, 7)
+    assert (output == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+@on_cuda
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_nan_of_one_split_shows(target: Target, num_splits: int) -> None:
+    query, key, value = (tensor(target, 1, 2, length, 64) for length in (1, 200, 200))
+    key[:, 0, 20] = torch.nan
+    operator = torch.ops.fastformer.attention_forward
+    with fastformer.backend(target.backend):
+        output, lse = operator(query, key, value, None, 0.125, False, False, num_splits=num_splits)
+    assert output[:, 0].isnan().all()
+    assert lse[:, 0].isnan().all()
+    assert output[:, 1].isfinite().all()
+
+
+@on_cuda
+def test_a_scale_that_is_nan_leaves_rows_without_keys_alone(target: Target) -> None:
+    query, key, value = (tensor(target, 1, 1, length, 16) for length in (40, 20, 20))
+    operator = torch.ops.fastformer.attention_forward
+    for backend in (target.backend, "cpu") if backends.CPU_LIBRARY and target.slow else (target.backend,):
+        with fastformer.backend(backend):
+            output, lse = operator(query, key, value, None, torch.nan, True, True)
+        assert (output[:, :, :20] == 0).all()
+        assert (lse[:, :, :20] == -torch.inf).all()
+        assert output[:, :, 20:].isnan().all()

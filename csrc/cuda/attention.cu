@@ -165,9 +165,8 @@ void launch_forward(const AttentionCall& call, const ForwardResults& results, cu
   using Tile = ForwardTile<kWidth, kScores>;
   const Attention& a = call.inputs;
   const int64_t blocks = ceil_div(a.seqlen_q, Tile::kQueries) * call.sequences * a.heads;
-  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "query has too many rows: ", blocks, " blocks");
-  launch(attention_forward_kernel<T, kWidth, kScores>, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
-         Tile::kSharedBytes, stream, a, results);
+  launch(attention_forward_kernel<T, kWidth, kScores>, grid_of(blocks), dim3(Tile::kThreads), Tile::kSharedBytes,
+         stream, a, results);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(
@@ -205,7 +204,7 @@ std::tuple<Tensor, Tensor> attention_forward(
   const int64_t longest = call.inputs.seqlen_q;
   const bool packed = cu_seqlens_q.has_value(), few = longest * heads <= kDecodeRows * key.size(1);
   // With one split, how a packed sequence is computed must not depend on the others.
-  if (longest > 0 && (few || (packed && num_splits == 1))) {
+  if (longest > 0 && value_dim > 0 && (few || (packed && num_splits == 1))) {
     attention_decode(call, max_seqlen_k, num_splits, output, lse, device);
     return {without_padding(output, value_dim), lse};
   }

@@ -15,10 +15,16 @@ inline Tensor with_aligned_rows(const Tensor& tensor) {
   bool aligned = rest == 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1) &&
                  reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
   for (int64_t i = 0; i < last; ++i) aligned = aligned && (tensor.size(i) <= 1 || tensor.stride(i) % kChunk == 0);
-  if (aligned || tensor.numel() == 0) return tensor;
+  if (aligned || (rest == 0 && tensor.numel() == 0)) return tensor;
   if (rest != 0) return torch::stable::contiguous(torch::stable::pad(tensor, {0, kChunk - rest}));
   // A contiguous one may begin anywhere in its storage; a copy begins at its own.
   return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
+}
+
+// Of batch, head and row. 0 where there is but one: the tensor's may be anything there, and kernels make addresses,
+// which must be aligned, of rows that they don't read.
+inline void copy_strides(int64_t (&to)[3], const Tensor& of) {
+  for (int64_t i = 0; i < 3; ++i) to[i] = of.size(i) > 1 ? of.stride(i) : 0;
 }
 
 // The first `width` columns of what a kernel wrote, as new_heads lays tensors out.
@@ -52,6 +58,17 @@ inline AttentionCall attention_call(const Tensor& query, const Tensor& key, cons
   const int64_t sequences = check_attention(query, key, value, options);
   check_device(key, "key", query, "query");
   check_device(value, "value", query, "query");
+  const auto check_option = [&](const std::optional<Tensor>& tensor, const char* name) {
+    if (tensor.has_value()) check_device(*tensor, name, query, "query");
+  };
+  check_option(options.mask, "mask");
+  check_option(options.alibi_slopes, "alibi_slopes");
+  check_option(options.sinks, "sinks");
+  check_option(options.dropout_state, "dropout_state");
+  check_option(options.cu_seqlens_q, "cu_seqlens_q");
+  check_option(options.cu_seqlens_k, "cu_seqlens_k");
+  check_option(options.seqused_k, "seqused_k");
+  check_option(options.block_table, "block_table");
   const bool paged = options.block_table.has_value();
   AttentionCall call{
       .inputs = {},
@@ -119,11 +136,9 @@ inline AttentionCall attention_call(const Tensor& query, const Tensor& key, cons
       .table_stride = paged ? call.block_table->size(1) : 0,
       .page_bits = paged ? std::countr_zero(static_cast<uint64_t>(key.size(2))) : 0,
   };
-  for (int64_t i = 0; i < 3; ++i) {
-    a.query_strides[i] = call.query.stride(i);
-    a.key_strides[i] = call.key.stride(i);
-    a.value_strides[i] = call.value.stride(i);
-  }
+  copy_strides(a.query_strides, call.query);
+  copy_strides(a.key_strides, call.key);
+  copy_strides(a.value_strides, call.value);
   std::copy_n(mask.strides, 4, a.mask_strides);
   return call;
 }

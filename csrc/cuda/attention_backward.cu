@@ -79,17 +79,13 @@ Tensor delta_of(const Tensor& grad_output, const std::optional<Tensor>& grad_lse
   const int64_t heads = lse.size(1), seqlen_q = lse.size(2);
   const int64_t tiles = ceil_div(seqlen_q, kDeltaThreads / kDeltaLanes);
   const auto run = [&]<typename T>() {
-    launch(attention_delta_kernel<T>, dim3(static_cast<unsigned>(tiles * lse.size(0) * heads)), dim3(kDeltaThreads), 0,
-           stream, pointer<T>(grad_output), pointer<T>(out), pointer<float>(grad_lse), pointer<float>(lse),
+    launch(attention_delta_kernel<T>, grid_of(tiles * lse.size(0) * heads), dim3(kDeltaThreads), 0, stream,
+           pointer<T>(grad_output), pointer<T>(out), pointer<float>(grad_lse), pointer<float>(lse),
            mutable_pointer<float>(delta), grad_output.stride(0), grad_output.stride(1), grad_output.stride(2),
            out.stride(0), out.stride(1), out.stride(2), heads, seqlen_q, out.size(3));
   };
   output.scalar_type() == ScalarType::BFloat16 ? run.template operator()<BFloat16>() : run.template operator()<Half>();
   return delta;
-}
-
-void copy_strides(int64_t (&to)[3], const Tensor& of) {
-  for (int64_t i = 0; i < 3; ++i) to[i] = of.stride(i);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -133,6 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_device(grad_output, "grad_output", query, "query");
   check_device(output, "output", query, "query");
   check_device(lse, "lse", query, "query");
+  if (grad_lse.has_value()) check_device(*grad_lse, "grad_lse", query, "query");
+  STD_TORCH_CHECK(!needs_grad_mask || mask.has_value(), "needs_grad_mask wants mask");
 
   const Tensor grad_mask = needs_grad_mask
                                ? torch::stable::new_zeros(query, {batch, heads, seqlen_q, seqlen_k}, ScalarType::Float)
@@ -155,9 +153,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor grad = with_aligned_rows(grad_output);
     const Tensor delta = delta_of(grad, dlse, output, row_lse, device.stream);
     if (sinks.has_value()) {
-      launch(attention_sinks_kernel, dim3(static_cast<unsigned>(heads)), dim3(kLargeBlock),
-             Team<kLargeBlock>::kSharedBytes, device.stream, call.inputs.sinks, pointer<float>(row_lse),
-             pointer<float>(delta), mutable_pointer<float>(grad_sinks), batch, heads, seqlen_q);
+      launch(attention_sinks_kernel, grid_of(heads), dim3(kLargeBlock), Team<kLargeBlock>::kSharedBytes, device.stream,
+             call.inputs.sinks, pointer<float>(row_lse), pointer<float>(delta), mutable_pointer<float>(grad_sinks),
+             batch, heads, seqlen_q);
     }
     if (!nothing) {
       AttentionGradients gradients{

@@ -12,7 +12,7 @@ struct DecodeResults {
   int64_t output_strides[3];
   float* lse;              // [B, H, Sq], contiguous
   int64_t count;           // N
-  float* partial_outputs;  // [parts, N, Dv], not written where the peak is -inf; null: there is one part
+  float* partial_outputs;  // [parts, N, Dv], not written where the total is 0; null: there is one part
   float* partial_peaks;    // [parts, N]
   float* partial_totals;   // [parts, N]
   int sequences, row_tiles, parts;
@@ -55,10 +55,11 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
   };
 #pragma unroll 4
   for (int part = warp; part < parts; part += warps) {
-    const float part_peak = results.partial_peaks[at(part)];
-    if (part_peak == -INFINITY) continue;
-    const float weight = ptx::ex2((part_peak - peak) * (factor * kLog2e));
-    total += weight * results.partial_totals[at(part)];
+    const float part_total = results.partial_totals[at(part)];
+    if (part_total == 0.0f)
+      continue;  // it saw no key; of scores that are NaN the peak is -inf too, but not the total 0
+    const float weight = ptx::ex2((results.partial_peaks[at(part)] - finite(peak)) * (factor * kLog2e));
+    total += weight * part_total;
     for_columns([&](float (&sum)[kLaneColumns], int column) {
       const auto pack = load<kLaneColumns>(results.partial_outputs + at(part) * a.value_dim + column);
 #pragma unroll
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
 template <typename T>
 void launch_combine(const Attention& a, const DecodeResults& results, cudaStream_t stream) {
   const int warps = std::min(kCombineWarps, results.parts);
-  launch(attention_combine_kernel<T>, dim3(static_cast<unsigned>(results.count)), dim3(warps * kWarp),
+  launch(attention_combine_kernel<T>, grid_of(results.count), dim3(warps * kWarp),
          warps * (a.value_dim + 1) * sizeof(float), stream, a, results);
 }
 

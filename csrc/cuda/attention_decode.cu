@@ -156,9 +156,10 @@ FASTFORMER_DEVICE float bias_and_hide(const Attention& a, const Sequence& s, con
 template <typename T>
 FASTFORMER_DEVICE void clear_unclaimed(const Attention& a, const Sequence& s, const DecodeResults& results,
                                        const DecodePlace& place) {
-  const int first = s.first_query + s.queries, packs = a.value_dim / kChunk, step = results.row_tiles * kDecodeThreads;
+  const int first = s.first_query + s.queries, packs = a.value_dim / kChunk;
+  const int64_t step = int64_t{results.row_tiles} * kDecodeThreads;
   const int64_t count = static_cast<int64_t>(a.query_rows - first) * (a.heads / a.kv_heads) * packs;
-  for (int64_t i = place.row_tile * kDecodeThreads + threadIdx.x; i < count; i += step) {
+  for (int64_t i = int64_t{place.row_tile} * kDecodeThreads + threadIdx.x; i < count; i += step) {
     const DecodeRow row = decode_row(a, place.kv_head, static_cast<int>(i / packs));
     const int column = static_cast<int>(i % packs) * kChunk, query = first + row.query;
     store(output_row<T>(results, s.query_entry, row.head, query) + column, Pack<T, kChunk>{});
@@ -215,7 +216,7 @@ FASTFORMER_DEVICE void merge_warps(const Attention& a, const Sequence& s, const 
     const int64_t statistic = first_statistic(a, s, row.head) + row.query;
     if (results.partial_outputs != nullptr) {
       const int64_t at = place.part * results.count + statistic;
-      if (peak != -INFINITY) store_floats<true>(results.partial_outputs + at * a.value_dim + column, sums);
+      if (total != 0.0f) store_floats<true>(results.partial_outputs + at * a.value_dim + column, sums);
       if (column == 0) {
         results.partial_peaks[at] = peak;
         results.partial_totals[at] = total;
@@ -358,21 +359,21 @@ void launch_decode(const AttentionCall& call, int64_t max_seqlen_k, int64_t num_
   const int64_t row_tiles = ceil_div(int64_t{a.seqlen_q} * (a.heads / a.kv_heads), Shared::kRows);
   const int64_t blocks = row_tiles * call.sequences * a.kv_heads;
   const int64_t parts = select_parts(call, max_seqlen_k, num_splits, blocks, Shared::kKeys, device);
-  STD_TORCH_CHECK(blocks * parts < int64_t{1} << 31, "query has too many rows: ", blocks * parts, " blocks");
+  const int64_t rows = std::max(a.seqlen_q, a.query_rows) * int64_t{a.heads / a.kv_heads} + Shared::kRows;
+  STD_TORCH_CHECK(rows < int64_t{1} << 31, "query has too many rows for a key head: ", rows);
   results.row_tiles = static_cast<int>(row_tiles);
   results.parts = static_cast<int>(parts);
   std::optional<Tensor> partial;
   if (parts > 1) {
-    const int64_t rows = parts * results.count;
-    partial = empty_like_sizes(lse, {rows * (a.value_dim + 2)}, ScalarType::Float);
+    const int64_t partial_rows = parts * results.count;
+    partial = empty_like_sizes(lse, {partial_rows * (a.value_dim + 2)}, ScalarType::Float);
     results.partial_outputs = mutable_pointer<float>(partial);
-    results.partial_peaks = results.partial_outputs + rows * a.value_dim;
-    results.partial_totals = results.partial_peaks + rows;
+    results.partial_peaks = results.partial_outputs + partial_rows * a.value_dim;
+    results.partial_totals = results.partial_peaks + partial_rows;
   }
   launch(call.plain() ? attention_decode_kernel<T, kWidth, Scores::plain, kRowTiles>
                       : attention_decode_kernel<T, kWidth, Scores::any, kRowTiles>,
-         dim3(static_cast<unsigned>(blocks * parts)), dim3(kDecodeThreads), Shared::kSharedBytes, device.stream, a,
-         results);
+         grid_of(blocks * parts), dim3(kDecodeThreads), Shared::kSharedBytes, device.stream, a, results);
   if (parts > 1) launch_combine<T>(a, results, device.stream);
 }
 

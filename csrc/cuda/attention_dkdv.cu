@@ -175,7 +175,8 @@ void launch_dkdv(const AttentionCall& call, const AttentionGradients& gradients,
     const auto run = [&]<Scores kScores>() {
       using Tile = decltype(tile_for<kWidth>());
       const int64_t tiles = ceil_div(call.inputs.seqlen_k, Tile::kKeys);
-      const dim3 grid(static_cast<unsigned>(tiles * call.sequences * call.inputs.kv_heads), Tile::kApart ? 2 : 1);
+      dim3 grid = grid_of(tiles * call.sequences * call.inputs.kv_heads);
+      grid.y = Tile::kApart ? 2 : 1;
       launch(attention_dkdv_kernel<T, Tile, kScores>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream,
              call.inputs, gradients);
     };

@@ -134,7 +134,7 @@ void launch_dq(const AttentionCall& call, const AttentionGradients& gradients, S
     const auto run = [&]<Scores kScores>() {
       using Tile = decltype(tile_for<kWidth, kScores>());
       const int64_t tiles = ceil_div(call.inputs.seqlen_q, Tile::kQueries);
-      const dim3 grid(static_cast<unsigned>(tiles * call.sequences * call.inputs.heads));
+      const dim3 grid = grid_of(tiles * call.sequences * call.inputs.heads);
       launch(attention_dq_kernel<T, Tile, kScores>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, call.inputs,
              gradients);
     };

@@ -39,7 +39,7 @@ FASTFORMER_DEVICE float tanh_of(float x) {
   p = fmaf(p, square, 0.133329153f);
   p = fmaf(p, square, -0.333333313f);
   const float e = ptx::ex2(fabsf(x) * (-2.0f * kLog2e));
-  const float large = copysignf(1.0f - __fdividef(2.0f * e, 1.0f + e), x);
+  const float large = copysignf(1.0f - 2.0f * e / (1.0f + e), x);
   return fabsf(x) < 0.6f ? fmaf(p * square, x, x) : large;
 }
 

@@ -7,6 +7,12 @@
 
 namespace fastformer::cuda {
 
+// So many blocks along x.
+inline dim3 grid_of(int64_t blocks) {
+  STD_TORCH_CHECK(blocks < int64_t{1} << 31, "CUDA: ", blocks, " blocks are more than a grid can have");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 // Starts `kernel` on `stream`, with `shared_bytes` of dynamic shared memory, and raises if it can't be started. Nothing
 // waits for it.
 template <typename... Parameters, typename... Arguments>

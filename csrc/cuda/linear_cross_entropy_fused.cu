@@ -240,15 +240,17 @@ void launch_losses(const LossArguments& args, const Operands& operands, const Te
 // TB/s, 700 TFLOP/s). Where C is small, there are more, up to 8192: weight's gradient by these columns then has a tile
 // for every block that the machine has room for. And whatever fits into kBufferBytes is taken at once.
 #ifdef FASTFORMER_SIMT  // where small tests are to take all turns
-constexpr int64_t kLeastColumns = 128, kMostColumns = 128;
+constexpr int64_t kFewestColumns = 128, kLeastColumns = 128, kMostColumns = 128;
 #else
-constexpr int64_t kLeastColumns = 4096, kMostColumns = 8192;
+constexpr int64_t kFewestColumns = 1024, kLeastColumns = 4096, kMostColumns = 8192;
 #endif
 
 int64_t columns_for_gradients(int64_t N, int64_t C, int64_t V, const OnDevice& device) {
   const int64_t blocks = LargeTile::kLeastBlocks * device.multiprocessors();
   const int64_t filling = ceil_div(blocks, ceil_div(C, LargeTile::kColumns)) * LargeTile::kRows;
-  const int64_t wanted = std::clamp(filling, kLeastColumns, kMostColumns);
+  // With many rows of few columns, no more memory than the operands have, or kBufferBytes.
+  const int64_t room = fitting(std::max({kBufferBytes, N * C * 2, V * C * 2}), N, sizeof(BFloat16));
+  const int64_t wanted = std::min(std::clamp(filling, kLeastColumns, kMostColumns), std::max(kFewestColumns, room));
   const int64_t columns = even(V, std::max(wanted, fitting(kBufferBytes, N, sizeof(BFloat16))));
   return std::min(ceil_div(columns, LargeTile::kRows) * LargeTile::kRows, V);
 }
