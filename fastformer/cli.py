@@ -14,6 +14,9 @@ import torch
 
 import fastformer
 from fastformer import backends
+from fastformer.models.checkpoint import KINDS
+from fastformer.models.commands import NEW_RUN_OPTIONS, default_of, flag_of, generate, train
+from fastformer.models.runs import PRESETS
 
 MODEL_PACKAGES = ("numpy", "safetensors", "tokenizers", "tqdm")
 BENCHMARK_PACKAGES = ("matplotlib",)
@@ -33,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"fastformer: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fastformer: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,58 +48,67 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("bench", help="check and measure every operation, then a GPT end to end", add_help=False)
 
-    train = commands.add_parser(
-        "train",
-        help="train a GPT on a text file",
-        description="Train a GPT. Without --text: on the English of Python's own help.",
-        epilog="The folder then holds model.safetensors and tokenizer.json.",
-    )
-    train.set_defaults(run=_train)
-    train.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to train on")
-    train.add_argument("--minutes", type=float, help="stop after so long (10, if --steps is not given)")
-    train.add_argument("--steps", type=int, help="stop after so many steps")
-    train.add_argument("--out", type=Path, metavar="DIR", default=Path("fastformer-gpt"), help="(%(default)s)")
-    train.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the checkpoint in DIR; --minutes and --steps count from its very start",
-    )
-    _device_argument(train)
-    sizes = train.add_argument_group("model and optimizer (not with --resume, which keeps them)")
-    for name, (kind, default, meaning) in NEW_RUN_OPTIONS.items():
-        sizes.add_argument(_flag(name), type=kind, help=f"{meaning} ({default})")
-
-    generate = commands.add_parser("generate", help="continue a prompt with a trained GPT")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("--model", type=Path, metavar="DIR", default=Path("fastformer-gpt"), help="(%(default)s)")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="(%(default)s)")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
-    generate.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
-    generate.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P")
-    generate.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    _device_argument(generate)
-
+    _train_parser(commands)
+    _generate_parser(commands)
     env = commands.add_parser("env", help="what is installed, what would run, what is missing")
     env.set_defaults(run=_env)
     return parser
 
 
-# What a new run chooses and a resumed one keeps: (type, default, help).
-NEW_RUN_OPTIONS = {
-    "vocab_size": (int, 4096, "tokens in the vocabulary, at most"),
-    "context_length": (int, 256, "tokens seen at once"),
-    "num_layers": (int, 6, "blocks"),
-    "num_heads": (int, 6, "attention heads"),
-    "d_model": (int, 384, "width"),
-    "batch_size": (int, 4, "windows a step"),
-    "learning_rate": (float, 1e-3, "the highest; a tenth of it at the end"),
-    "seed": (int, 0, "of the weights and the order of the text"),
-}
+def _train_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train a GPT, a BERT or a Seq2Seq on text or pairs",
+        description="Train a model. Without --text or --pairs: on the English of Python's own help, of which a Seq2Seq"
+        " learns to give runs of words in reverse order.",
+        epilog="The folder then holds model.safetensors, tokenizer.json, log.csv and loss.png. Ctrl-C saves and ends.",
+    )
+    parser.set_defaults(run=train)
+    parser.add_argument("--model", choices=KINDS, help="what to train (gpt)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to train on")
+    parser.add_argument(
+        "--pairs", type=Path, metavar="FILE.tsv", help="pairs to train a seq2seq on: source, tab, target in each line"
+    )
+    parser.add_argument("--minutes", type=float, help="stop after so long (gpt, bert 10, if --steps is not given)")
+    parser.add_argument(
+        "--steps", type=int, help=f"stop after so many steps (seq2seq {PRESETS['seq2seq'].limits.steps})"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(fastformer-gpt, -bert or -seq2seq)")
+    parser.add_argument(
+        "--save-every", type=int, default=100, metavar="STEPS", help="between checkpoints (%(default)s)"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the checkpoint in DIR, until its --minutes or --steps, or those given here, which count from"
+        " its very start",
+    )
+    _device_argument(parser)
+    sizes = parser.add_argument_group("model and optimizer (not with --resume, which keeps them)")
+    for name, (kind, meaning) in NEW_RUN_OPTIONS.items():
+        if kind is None:
+            sizes.add_argument(flag_of(name), action="store_true", default=None, help=meaning)
+        else:
+            sizes.add_argument(flag_of(name), type=kind, help=f"{meaning} ({default_of(name)})")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _generate_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt with a trained GPT, give a Seq2Seq's target, fill in a BERT's [MASK]",
+        description="A GPT continues the prompt; a Seq2Seq gives the target of the prompt; a BERT fills in what [MASK]"
+        " hides in the prompt, and has none of the options for generating.",
+    )
+    parser.set_defaults(run=generate)
+    parser.add_argument("--model", type=Path, metavar="DIR", default=Path("fastformer-gpt"), help="(%(default)s)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(gpt 100, seq2seq its context)")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (gpt 0.8, seq2seq 0)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P")
+    parser.add_argument("--seed", type=int, help="of what is drawn (0)")
+    parser.add_argument("--beams", type=int, metavar="W", help="search with W beams, and draw nothing")
+    _device_argument(parser)
 
 
 def _device_argument(parser: argparse.ArgumentParser) -> None:
@@ -106,85 +121,6 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name!r} is not available: {str(error).splitlines()[0]}") from error
-
-
-def _train(options: argparse.Namespace) -> int:
-    from fastformer.models import GPT, GPTConfig, checkpoint, data, training
-    from fastformer.models.tokenizer import Tokenizer
-
-    minutes = 10.0 if options.minutes is None and options.steps is None else options.minutes
-    limits = training.Limits(options.steps, minutes)
-    given = {name: getattr(options, name) for name in NEW_RUN_OPTIONS if getattr(options, name) is not None}
-    chosen = {name: default for name, (_, default, _) in NEW_RUN_OPTIONS.items()} | given
-    model_path, tokenizer_path = options.out / checkpoint.MODEL_FILE, options.out / checkpoint.TOKENIZER_FILE
-    if not options.resume and model_path.exists():
-        raise ValueError(f"--out is {options.out}, which holds a model already: add --resume to go on with it")
-    text = data.sample_text() if options.text is None else data.read_text(options.text)
-    train_text, held_out_text = data.split_text(text)
-
-    if options.resume:
-        if given:
-            raise ValueError(f"{_flag(next(iter(given)))} can't be given with --resume, which keeps the checkpoint's")
-        state = checkpoint.load(model_path, with_training=True)
-        tokenizer = Tokenizer.load(tokenizer_path)
-        model = checkpoint.build_model(model_path, state, options.device)
-        config = training.config_of(state)
-    else:
-        config = training.TrainingConfig(
-            batch_size=chosen["batch_size"], learning_rate=chosen["learning_rate"], seed=chosen["seed"]
-        )
-        tokenizer = Tokenizer.train(train_text, chosen["vocab_size"])
-        sizes = {name: chosen[name] for name in ("context_length", "num_layers", "num_heads", "d_model")}
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(tokenizer.vocab_size, **sizes)).to(options.device)
-    train_tokens, held_out_tokens = tokenizer.encode(train_text), tokenizer.encode(held_out_text)
-    trainer = training.Trainer(model, train_tokens, held_out_tokens, model.config.context_length, config)
-    if options.resume:
-        trainer.restore(state)
-    else:
-        options.out.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(tokenizer_path)
-
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{parameters / 1e6:.1f} M parameters, {len(train_tokens)} training and {len(held_out_tokens)} held-out tokens,"
-        f" vocabulary {tokenizer.vocab_size}, on {options.device}"
-    )
-    try:
-        held_out = training.train(trainer, model_path, limits)
-    except KeyboardInterrupt:
-        kept = f"{model_path} keeps the last checkpoint" if model_path.exists() else "nothing was saved yet"
-        print(f"fastformer: interrupted; {kept}", file=sys.stderr)
-        return 130
-    print(f"held-out loss {held_out:.3f} after {trainer.steps_done} steps; saved to {model_path}")
-    print(f'next: fastformer generate --model {options.out} --prompt "..."')
-    return 0
-
-
-def _generate(options: argparse.Namespace) -> int:
-    from fastformer.models import checkpoint
-    from fastformer.models.tokenizer import Tokenizer
-
-    path = options.model / checkpoint.MODEL_FILE
-    model = checkpoint.build_model(path, checkpoint.load(path), options.device).eval()
-    tokenizer = Tokenizer.load(options.model / checkpoint.TOKENIZER_FILE)
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"{options.model}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        )
-    prompt = tokenizer.encode(options.prompt).to(options.device)
-    if not len(prompt):
-        raise ValueError("--prompt is empty, must hold a character at least")
-    tokens = model.generate(
-        prompt[None],
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        generator=torch.Generator(options.device).manual_seed(options.seed),
-    )
-    print(tokenizer.decode(tokens[0].cpu()))
-    return 0
 
 
 def _env(options: argparse.Namespace) -> int:
@@ -241,3 +177,7 @@ def _packages(names: tuple[str, ...], extra: str) -> str:
     if missing:
         return f"missing {', '.join(missing)}: pip install fastformer[{extra}]"
     return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

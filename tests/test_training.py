@@ -1,15 +1,15 @@
-"""Tokenizer, data, training and checkpoints."""
+"""Training: what each step does, when it ends, and what is learned."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
-from fastformer.models import GPT, GPTConfig, checkpoint, data, training
+from fastformer.models import GPT, GPTConfig, checkpoint, data, objectives, pairs, runs, training
 from fastformer.models.tokenizer import Tokenizer
 
 SIZES = {"context_length": 32, "num_layers": 2, "num_heads": 2, "d_model": 32}
@@ -41,106 +41,9 @@ def resumed(path: Path, tokenizer: Tokenizer, text: str) -> training.Trainer:
     return trainer
 
 
-# Tokenizer
-
-
-@pytest.mark.parametrize("sample", ["Hello, world!", "  two\n\n\tspaces ", "naïve café 数学 🦊", "", "\x00\x7f"])
-def test_tokenizer_round_trip(tokenizer: Tokenizer, sample: str) -> None:
-    tokens = tokenizer.encode(sample)
-    assert tokens.dtype == torch.int64
-    assert tokenizer.decode(tokens) == sample
-
-
-def test_tokenizer_learns_merges(tokenizer: Tokenizer, text: str) -> None:
-    assert tokenizer.vocab_size == 400
-    assert len(tokenizer.encode(text)) < 0.6 * len(text.encode())
-    assert len(tokenizer.encode(" the")) == 1
-
-
-def test_tokenizer_training_repeats_itself(tokenizer: Tokenizer, text: str) -> None:
-    assert torch.equal(Tokenizer.train(text, 400).encode(text), tokenizer.encode(text))
-
-
-def test_tokenizer_saves_and_loads(tokenizer: Tokenizer, text: str, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    tokenizer.save(path)
-    assert torch.equal(Tokenizer.load(path).encode(text), tokenizer.encode(text))
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe", b'{"model": 3}'])
-def test_tokenizer_refuses_other_files(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json"):
-        Tokenizer.load(path)
-
-
-def test_tokenizer_refuses_a_small_vocabulary() -> None:
-    with pytest.raises(ValueError, match=r"^vocab_size is 255, must"):
-        Tokenizer.train("text", 255)
-
-
-# Data
-
-
-def test_sample_text_is_english_and_always_the_same() -> None:
-    text = data.sample_text()
-    assert len(text) > 300_000
-    assert text == data.sample_text()
-    assert text.count(" the ") > 2000
-
-
-def test_split_text_keeps_everything_and_cuts_at_a_line(text: str) -> None:
-    train_text, held_out_text = data.split_text(text)
-    assert train_text + held_out_text == text
-    assert train_text.endswith("\n")
-    assert len(held_out_text) == pytest.approx(0.1 * len(text), rel=0.05)
-    assert data.split_text("abcdefghij") == ("abcdefghi", "j")
-
-
-def test_batches_are_windows_and_their_successors() -> None:
-    tokens = torch.arange(50)
-    inputs, targets = data.random_batch(tokens, 200, 7, torch.Generator().manual_seed(0))
-    assert torch.equal(inputs, inputs[:, :1] + torch.arange(7))
-    assert torch.equal(targets, inputs + 1)
-    assert set(inputs[:, 0].tolist()) == set(range(43))  # the last window ends with the last token
-
-    batches = list(data.consecutive_batches(tokens, 3, 7, 64))
-    assert [len(x) for x, _ in batches] == [3, 3, 1]
-    assert torch.equal(torch.cat([x for x, _ in batches]).flatten(), torch.arange(49))
-    assert torch.equal(torch.cat([y for _, y in batches]).flatten(), torch.arange(1, 50))
-    assert sum(len(x) for x, _ in data.consecutive_batches(tokens, 3, 7, 2)) == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"\x89PNG\r\n\x1a\n\x00", "not a text file, or not UTF-8"),
-        (b"text\x00text", "zero bytes"),
-        (b"", "empty"),
-        (b" \n", "empty"),
-    ],
-)
-def test_read_text_refuses(tmp_path: Path, content: bytes, problem: str) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path}: .*{problem}"):
-        data.read_text(path)
-
-
-def test_read_text_drops_the_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes("\ufeffnaïve".encode())
-    assert data.read_text(path) == "naïve"
-
-
 def test_too_short_a_text_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^text is too short: its held-out part has \d+ tokens"):
         make_trainer(tokenizer, "word " * 60)
-
-
-# Training
 
 
 def test_training_lowers_the_loss(tokenizer: Tokenizer, text: str, tmp_path: Path) -> None:
@@ -155,7 +58,7 @@ def test_training_lowers_the_loss(tokenizer: Tokenizer, text: str, tmp_path: Pat
 
 def test_held_out_loss_weighs_every_window_alike(tokenizer: Tokenizer, text: str) -> None:
     trainer = make_trainer(tokenizer, text)
-    windows = data.consecutive_batches(trainer.held_out_tokens, 1, 32, training.HELD_OUT_WINDOWS)
+    windows = data.consecutive_batches(trainer.held_out_tokens, 1, 32, objectives.HELD_OUT_WINDOWS)
     losses = [trainer.model(inputs, targets).item() for inputs, targets in windows]
     assert len(losses) == 64
     assert trainer.held_out_loss() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
@@ -176,33 +79,6 @@ def test_only_matrices_decay(tokenizer: Tokenizer, text: str) -> None:
     assert {p.dim() for p in free["params"]} == {1}
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(free["params"]) == len(list(trainer.model.parameters()))
-
-
-def test_resumed_run_equals_an_unbroken_one(
-    tokenizer: Tokenizer, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unbroken = make_trainer(tokenizer, text)
-    losses = [unbroken.train_step(step / 12) for step in range(12)]
-
-    path = tmp_path / "model.safetensors"
-    broken = make_trainer(tokenizer, text)
-    step = broken.train_step
-
-    def interrupted_step(fraction: float) -> float:
-        if broken.steps_done == 7:
-            raise KeyboardInterrupt
-        return step(fraction)
-
-    monkeypatch.setattr(broken, "train_step", interrupted_step)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(broken, path, training.Limits(steps=12), save_every=5)
-
-    trainer = resumed(path, tokenizer, text)
-    assert trainer.steps_done == 5
-    assert [trainer.train_step(step / 12) for step in range(5, 12)] == losses[5:]
-    assert trainer.held_out_loss() == unbroken.held_out_loss()
-    for ours, theirs in zip(trainer.model.parameters(), unbroken.model.parameters()):
-        assert torch.equal(ours, theirs)
 
 
 def test_minutes_count_from_the_first_start(tokenizer: Tokenizer, text: str, tmp_path: Path) -> None:
@@ -240,78 +116,128 @@ def test_loss_that_is_not_finite_stops_training(tokenizer: Tokenizer, text: str)
     assert not torch.isnan(trainer.model.token_embedding.weight).any()
 
 
-# Checkpoints
+# Options of a step
+
+OPTIONS = {**SIZES, "context_length": 64, "vocab_size": 400}
 
 
-@pytest.fixture
-def saved(tokenizer: Tokenizer, text: str, tmp_path: Path) -> Path:
+def material_of(kind: str, text: str) -> runs.Material:
+    return pairs.reversed_words(text) if kind == "seq2seq" else data.split_text(text)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert", "seq2seq"])
+def test_accumulated_steps_are_those_of_one_large_batch(kind: str, text: str) -> None:
+    found = []
+    for batch_size, accumulate in ((6, 1), (2, 3)):
+        options = {"batch_size": batch_size, "accumulate": accumulate, "warmup_steps": 0, "dropout": 0.0}
+        trainer, _ = runs.new_run(kind, material_of(kind, text), OPTIONS | options)
+        found.append(([trainer.train_step(0.0) for _ in range(3)], trainer.model))
+    (losses, model), (accumulated, other) = found
+    assert accumulated == pytest.approx(losses, rel=1e-5)
+    for ours, theirs in zip(other.parameters(), model.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert", "seq2seq"])
+def test_checkpointed_activations_change_no_loss_and_no_weight(kind: str, text: str) -> None:
+    found = []
+    for anew in (False, True):
+        options = {**OPTIONS, "dropout": 0.2, "attention_dropout": 0.2, "checkpoint_activations": anew}
+        trainer, _ = runs.new_run(kind, material_of(kind, text), options)
+        found.append(([trainer.train_step(0.0) for _ in range(2)], list(trainer.model.parameters())))
+    (losses, weights), (others, theirs) = found
+    assert losses == others
+    assert all(torch.equal(a, b) for a, b in zip(weights, theirs, strict=True))
+
+
+def test_checkpointed_activations_are_computed_once_more(text: str) -> None:
+    for anew, calls in ((False, 1), (True, 2)):
+        trainer, _ = runs.new_run("gpt", material_of("gpt", text), {**OPTIONS, "checkpoint_activations": anew})
+        seen = []
+        trainer.model.blocks[0].attention.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        trainer.train_step(0.0)
+        assert len(seen) == calls
+
+
+def test_bf16_autocasts_products_and_keeps_parameters(text: str) -> None:
+    losses = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        trainer, _ = runs.new_run("gpt", material_of("gpt", text), {**OPTIONS, "precision": precision})
+        seen = []
+        feed_forward = trainer.model.blocks[0].feed_forward
+        feed_forward.register_forward_hook(lambda module, x, y, seen=seen: seen.append(y.dtype))
+        losses[precision] = trainer.train_step(0.0)
+        assert seen == [dtype]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01)
+
+
+def test_gradients_are_clipped(tokenizer: Tokenizer, text: str) -> None:
     trainer = make_trainer(tokenizer, text)
+    seen = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (seen.append([p.grad.clone() for p in trainer.model.parameters()]), step())
+    trainer.config = training.TrainingConfig(max_grad_norm=0.01)
     trainer.train_step(0.0)
-    path = tmp_path / "model.safetensors"
-    checkpoint.save(path, trainer.checkpoint())
-    return path
+    assert torch.cat([x.flatten() for x in seen[0]]).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_checkpoint_rebuilds_the_model(saved: Path, tokenizer: Tokenizer, text: str) -> None:
-    trainer = make_trainer(tokenizer, text)
-    trainer.train_step(0.0)
-    state = checkpoint.load(saved)
-    assert not state.training_tensors
-    model = checkpoint.build_model(saved, state)
-    assert model.config == trainer.model.config
-    for name, weight in trainer.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("accumulate", 0),
+        ("learning_rate", math.inf),
+        ("max_grad_norm", 0.0),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("precision", "fp16"),
+    ],
+)
+def test_training_config_is_checked(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is .*, must be "):
+        training.TrainingConfig(**{name: value})
 
 
-def test_interrupted_save_keeps_the_old_checkpoint(
-    saved: Path, tokenizer: Tokenizer, text: str, monkeypatch: pytest.MonkeyPatch
+def test_only_stacks_of_blocks_checkpoint_activations() -> None:
+    config = training.TrainingConfig(checkpoint_activations=True)
+    with pytest.raises(ValueError, match=r"^checkpoint_activations is True, must be False: the model has no Stack"):
+        training.Trainer(torch.nn.Linear(2, 2), torch.arange(9), torch.arange(9), 4, config)
+
+
+# What is learned
+
+
+def unigram_entropy(tokens: torch.Tensor) -> float:
+    """Nats a token: the least loss of a model that sees no other token, even one that knows how often each occurs."""
+    shares = tokens.bincount().float() / len(tokens)
+    return -(shares.xlogy(shares)).sum().item()
+
+
+SMALL_RUNS = {
+    "gpt": {"vocab_size": 300, "batch_size": 16, "num_heads": 2, "learning_rate": 5e-3},
+    "bert": {"vocab_size": 200, "batch_size": 16, "num_heads": 4, "learning_rate": 1e-2, "d_hidden": 128},
+}
+
+
+@pytest.mark.parametrize(("kind", "steps", "margin"), [("gpt", 150, 1.0), ("bert", 500, 0.3)])
+def test_held_out_loss_falls_well_below_the_unigram_entropy(
+    kind: str, steps: int, margin: float, tmp_path: Path
 ) -> None:
-    before = saved.read_bytes()
-
-    def half_a_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(before[: len(before) // 2])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(safetensors.torch, "save_file", half_a_file)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(saved, make_trainer(tokenizer, text).checkpoint())
-    assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]
+    options = {"context_length": 64, "num_layers": 2, "d_model": 64, "warmup_steps": 50, **SMALL_RUNS[kind]}
+    trainer, _ = runs.new_run(kind, data.split_text(data.sample_text()), options)
+    loss = training.train(trainer, tmp_path / "model.safetensors", training.Limits(steps=steps), save_every=1000)
+    assert loss < unigram_entropy(trainer.held_out_tokens) - margin
 
 
-def test_other_files_are_no_checkpoints(saved: Path, tmp_path: Path) -> None:
-    whole = saved.read_bytes()
-    path = tmp_path / "other.safetensors"
-    for content in (b"", b"garbage" * 100, whole[: len(whole) // 2], whole + b"more"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"{path}: not a fastformer checkpoint"):
-            checkpoint.load(path)
-    torch.save({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=f"{path}: not a fastformer checkpoint"):
-        checkpoint.load(path)
-    safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match=f"{path}: not a fastformer checkpoint .*its format is None"):
-        checkpoint.load(path)
-    with pytest.raises(FileNotFoundError, match="missing: no such file"):
-        checkpoint.load(tmp_path / "missing")
-
-
-def test_weights_must_fit_the_configuration(saved: Path) -> None:
-    state = checkpoint.load(saved)
-    state.weights["norm.weight"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=f"{saved}: the weights don't fit"):
-        checkpoint.build_model(saved, state)
-
-
-def test_restore_refuses_another_text(saved: Path, tokenizer: Tokenizer, text: str) -> None:
-    with pytest.raises(ValueError, match=r"^text is not the one"):
-        make_trainer(tokenizer, text[:-5000]).restore(checkpoint.load(saved, with_training=True))
-
-
-def test_weights_alone_are_not_resumed(saved: Path, tokenizer: Tokenizer, text: str) -> None:
-    state = checkpoint.load(saved, with_training=True)
-    assert training.config_of(state) == training.TrainingConfig(learning_rate=3e-3, warmup_steps=5)
-    with pytest.raises(ValueError, match=r"^checkpoint lacks the training configuration"):
-        training.config_of(checkpoint.Checkpoint(state.config, state.weights, {}, {}))
-    with pytest.raises(ValueError, match=r"^checkpoint lacks "):
-        make_trainer(tokenizer, text).restore(checkpoint.load(saved))
+def test_a_small_seq2seq_learns_to_reverse(tmp_path: Path) -> None:
+    words = ["red", "green", "blue", "black", "white", "pink", "grey", "brown"]
+    sources = [" ".join(x) for count in (1, 2, 3) for x in itertools.product(words, repeat=count)]
+    material = pairs.split_pairs([(source, " ".join(reversed(source.split()))) for source in sources])
+    options = {"vocab_size": 300, "context_length": 8, "num_layers": 1, "num_heads": 4, "d_model": 64}
+    options |= {"d_hidden": 128, "dropout": 0.0, "learning_rate": 5e-3, "warmup_steps": 30}
+    trainer, _ = runs.new_run("seq2seq", material, options)
+    before = pairs.exact_share(trainer.model, trainer.held_out_tokens)
+    training.train(trainer, tmp_path / "model.safetensors", training.Limits(steps=200), save_every=1000)
+    assert before < 0.1
+    assert pairs.exact_share(trainer.model, trainer.held_out_tokens) > 0.95

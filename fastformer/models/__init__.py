@@ -1,7 +1,8 @@
 """Models built from fastformer.nn, with what it takes to train them and to generate with them.
 
-GPT, BERT and Seq2Seq are importable from here with torch alone. Pretrained checkpoints, and the modules ``tokenizer``,
-``data``, ``training`` and ``checkpoint``, need the packages of ``pip install fastformer[models]``, and say so.
+GPT, BERT and Seq2Seq are importable from here with torch alone. Pretrained checkpoints, ``tokenizer``, ``training`` and
+``checkpoint`` need the packages of ``pip install fastformer[models]``, and say so. A run of training is put together in
+``runs``, from texts and pairs (``data``, ``pairs``) and what a kind of model learns from them (``objectives``).
 """
 
 from fastformer.models.bert import BERT

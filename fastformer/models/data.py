@@ -1,4 +1,4 @@
-"""Text to train on, and batches of it."""
+"""Text to train on, and batches of it for GPT and BERT."""
 
 from __future__ import annotations
 
@@ -68,3 +68,28 @@ def consecutive_batches(
     inputs = tokens[: count * context_length].view(count, context_length)
     targets = tokens[1 : count * context_length + 1].view(count, context_length)
     yield from zip(inputs.split(batch_size), targets.split(batch_size), strict=True)
+
+
+def mask_tokens(
+    tokens: Tensor, mask_token: int, vocab_size: int, generator: torch.Generator, *, special_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of BERT's masked-language task (arXiv 1810.04805, section 3.1), int64 [B, S] each.
+
+    15% of the tokens of each row, one at least, are to be predicted: they are the targets, which are -100 elsewhere. In
+    the inputs 80% of them are ``mask_token``, 10% a random token and 10% what they were.
+
+    Args:
+        tokens: int64 [B, S], none of them special.
+        mask_token: stands for a hidden token.
+        vocab_size: random tokens are below it.
+        generator: of the CPU.
+        special_tokens: how many tokens at the start of the vocabulary are special, and never a random token.
+    """
+    count = max(1, round(0.15 * tokens.shape[1]))
+    order = torch.rand(tokens.shape, generator=generator).argsort(dim=1)
+    chosen = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    fate = torch.rand(tokens.shape, generator=generator)
+    random_tokens = torch.randint(special_tokens, vocab_size, tokens.shape, generator=generator)
+    inputs = tokens.masked_fill(chosen & (fate < 0.8), mask_token)
+    inputs = torch.where(chosen & (fate >= 0.9), random_tokens, inputs)
+    return inputs, tokens.masked_fill(~chosen, -100)

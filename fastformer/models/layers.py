@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastformer import functional as F
 from fastformer import nn
@@ -156,15 +157,24 @@ class Block(nn.Module):
 
 
 class Stack(nn.ModuleList):
-    """Blocks one after the other."""
+    """Blocks one after the other.
+
+    Where ``checkpoint_activations`` is set to True, a backward pass computes the activations of each block anew from
+    its inputs, which alone are kept (Chen et al. 2016, arXiv 1604.06174).
+    """
 
     def __init__(self, config: TransformerConfig, layers: int, *, cross_attention: bool = False) -> None:
         super().__init__(Block(config, layer, cross_attention=cross_attention) for layer in range(layers))
+        self.checkpoint_activations = False
 
     def forward(self, branch: Tensor | None, residual: Tensor, norm: nn.Module | None, context: Context) -> Tensor:
         """Blocks, then the last norm, None after post-norm blocks: [B, S, C]. See Block for the arguments."""
+        anew = self.checkpoint_activations and torch.is_grad_enabled() and context.cache is None
         for block in self:
-            branch, residual = block(branch, residual, context)
+            if anew:
+                branch, residual = checkpoint(block, branch, residual, context, use_reentrant=False)
+            else:
+                branch, residual = block(branch, residual, context)
         if norm is None:
             return residual
         return add_norm(branch, residual, norm, self[-1].dropout if context.training else 0.0)[0]
