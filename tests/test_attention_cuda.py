@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from attention_support import CUDA_16BIT, Case, attend, check_case, exact
+from packed_support import Packed, check_packed
 from support import Target, check, tensor
 
 import fastformer
@@ -70,6 +71,27 @@ def test_three_tiles_of_keys(target: Target, width: int, softcap: float | None) 
         [tensor(target, *shape) for shape in shapes],
         grad=False,
     )
+
+
+@on_cuda
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+@pytest.mark.parametrize("softcap", [None, 50.0], ids=["plain", "any"])
+def test_gradients_of_every_compiled_kernel(target: Target, width: int, softcap: float | None) -> None:
+    shapes = ((1, 1, 40, width), (1, 1, 70, width), (1, 1, 70, width))
+    check(
+        target,
+        *(lambda *x, function=function: function(*x, softcap=softcap) for function in (attend, attend, exact)),
+        [tensor(target, *shape) for shape in shapes],
+    )
+
+
+@on_cuda
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+@pytest.mark.parametrize("softcap", [None, 50.0], ids=["plain", "any"])
+def test_packed_sequences_in_one_split(target: Target, width: int, softcap: float | None) -> None:
+    """Decoding's kernels for any number of rows."""
+    lengths = ((1, 70), (20, 40))
+    check_packed(target, Packed(lengths, widths=(width, width), softcap=softcap, num_splits=1), grad=False)
 
 
 @on_cuda

@@ -51,9 +51,9 @@ def check_feed_forward(target: Target, inputs: Arguments, activation: str) -> No
 @on_targets
 @on_activations
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_activations(target: Target, activation: str, gated: bool, bias: bool) -> None:
-    check_feed_forward(target, arguments(target, (2, 19), 13, 37, 11, bias=bias, gated=gated), activation)
+@pytest.mark.parametrize(("bias", "width"), [(False, 37), (True, 37), (True, 40)])
+def test_activations(target: Target, activation: str, gated: bool, bias: bool, width: int) -> None:
+    check_feed_forward(target, arguments(target, (2, 19), 13, width, 11, bias=bias, gated=gated), activation)
 
 
 @on_kernels
