@@ -136,6 +136,19 @@ inline ScaledQuery with_positive_scale(const Tensor& query, double scale) {
   return {Tensor(result), sign == -1.0 ? std::abs(scale) : 1.0};
 }
 
+// What the backward pass has besides, which must fit the forward's arguments.
+inline void check_attention_gradients(const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& lse,
+                                      const Tensor& grad_output, const std::optional<Tensor>& grad_lse) {
+  const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), value_dim = value.size(3);
+  STD_TORCH_CHECK(has_sizes(output, {batch, heads, seqlen_q, value_dim}) && output.scalar_type() == query.scalar_type(),
+                  "output must be [", batch, ", ", heads, ", ", seqlen_q, ", ", value_dim, "] in the dtype of query");
+  STD_TORCH_CHECK(same_sizes(grad_output, output) && grad_output.scalar_type() == query.scalar_type(),
+                  "grad_output must have the shape of output and the dtype of query");
+  STD_TORCH_CHECK(has_sizes(lse, {batch, heads, seqlen_q}) && lse.scalar_type() == ScalarType::Float,
+                  "lse must be float32 [", batch, ", ", heads, ", ", seqlen_q, "]");
+  STD_TORCH_CHECK(!grad_lse.has_value() || same_sizes(*grad_lse, lse), "grad_lse must have the shape of lse");
+}
+
 // The kernels' softcap: beyond these bounds it changes nothing more, but scale / softcap might become 0 or infinite.
 // 0: none.
 inline float bounded_softcap(const AttentionOptions& options) {

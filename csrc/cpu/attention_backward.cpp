@@ -239,13 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
                                             });
   const int64_t batch = query.size(0), heads = query.size(1), seqlen_q = query.size(2), head_dim = query.size(3);
   const int64_t kv_heads = key.size(1), seqlen_k = key.size(2), value_dim = value.size(3);
-  STD_TORCH_CHECK(has_sizes(output, {batch, heads, seqlen_q, value_dim}) && output.scalar_type() == query.scalar_type(),
-                  "output must be [", batch, ", ", heads, ", ", seqlen_q, ", ", value_dim, "] in the dtype of query");
-  STD_TORCH_CHECK(same_sizes(grad_output, output) && grad_output.scalar_type() == query.scalar_type(),
-                  "grad_output must have the shape of output and the dtype of query");
-  STD_TORCH_CHECK(has_sizes(lse, {batch, heads, seqlen_q}) && lse.scalar_type() == ScalarType::Float,
-                  "lse must be float32 [", batch, ", ", heads, ", ", seqlen_q, "]");
-  STD_TORCH_CHECK(!grad_lse.has_value() || same_sizes(*grad_lse, lse), "grad_lse must have the shape of lse");
+  check_attention_gradients(query, value, output, lse, grad_output, grad_lse);
   Tensor grad_query = empty_heads(query, batch, heads, seqlen_q, head_dim);
   Tensor grad_key = empty_heads(key, key.size(0), kv_heads, seqlen_k, head_dim);
   Tensor grad_value = empty_heads(value, key.size(0), kv_heads, seqlen_k, value_dim);

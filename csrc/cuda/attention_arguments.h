@@ -8,19 +8,6 @@
 
 namespace fastformer::cuda {
 
-// With rows of a multiple of 8 elements that begin at multiples of 16 bytes: a copy, in the last dimension padded with
-// zeros, unless they do.
-inline Tensor with_aligned_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1, rest = tensor.size(last) % kChunk;
-  bool aligned = rest == 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1) &&
-                 reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < last; ++i) aligned = aligned && (tensor.size(i) <= 1 || tensor.stride(i) % kChunk == 0);
-  if (aligned || (rest == 0 && tensor.numel() == 0)) return tensor;
-  if (rest != 0) return torch::stable::contiguous(torch::stable::pad(tensor, {0, kChunk - rest}));
-  // A contiguous one may begin anywhere in its storage; a copy begins at its own.
-  return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
-}
-
 // Of batch, head and row. 0 where there is but one: the tensor's may be anything there, and kernels make addresses,
 // which must be aligned, of rows that they don't read.
 inline void copy_strides(int64_t (&to)[3], const Tensor& of) {

@@ -114,6 +114,10 @@ inline void check_device(const Tensor& tensor, const char* name, const Tensor& o
                   " must be on the device of ", other_name);
 }
 
+inline bool is_aligned(const Tensor& tensor, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
 // Contiguous, of the sizes and dtype of `like`.
 inline Tensor empty_of_sizes(const Tensor& like) { return empty_like_sizes(like, sizes_of(like), like.scalar_type()); }
 

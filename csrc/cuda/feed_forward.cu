@@ -151,7 +151,7 @@ void for_kernel(DType dtype, Activation activation, bool gated, bool widest, Bod
 
 // Contiguous, and so are rows of `columns` in it.
 bool takes_widest(const Tensor& tensor, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 && columns * tensor.element_size() % 16 == 0;
+  return is_aligned(tensor) && columns * tensor.element_size() % 16 == 0;
 }
 
 void launch_forward(const Tensor& hidden, const Tensor& activated, Activation activation, bool gated,

@@ -154,8 +154,9 @@ std::tuple<Tensor, Tensor> feed_forward_forward_fused(const Tensor& input, const
                                                       const std::optional<Tensor>& bias2, Activation activation,
                                                       bool save_hidden, const OnDevice& device) {
   const bool gated = weight_gate.has_value();
-  const Tensor x = readable(as_matrix(input, "input")), w1 = readable(weight1), w2 = readable(weight2);
-  const std::optional<Tensor> b1 = readable_vector(bias1), b2 = readable_vector(bias2);
+  const Tensor x = with_aligned_rows(as_matrix(input, "input")), w1 = with_aligned_rows(weight1),
+               w2 = with_aligned_rows(weight2);
+  const std::optional<Tensor> b1 = with_aligned_rows(bias1), b2 = with_aligned_rows(bias2);
   const int64_t N = x.size(0), C = x.size(1), F = w1.size(0), C2 = w2.size(0);
   const ScalarType dtype = input.scalar_type();
   const Tensor activated = empty_like_sizes(input, {N, F}, dtype);
@@ -168,7 +169,7 @@ std::tuple<Tensor, Tensor> feed_forward_forward_fused(const Tensor& input, const
       gemm<T, kOuter, kOuter>(matrix_of<T>(x), weights, N, F, C, epilogue, input, device);
     };
     if (gated) {
-      const Tensor gate = readable(*weight_gate);
+      const Tensor gate = with_aligned_rows(*weight_gate);
       first_product.template operator()<true>(Pair<T>{matrix_of<T>(gate), matrix_of<T>(w1)});
     } else {
       first_product.template operator()<false>(matrix_of<T>(w1));
@@ -184,8 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
     const Tensor& weight2, const Tensor& hidden, Activation activation, bool has_bias1, bool has_bias2,
     bool needs_grad_input, bool needs_grad_weights, const OnDevice& device) {
   const bool gated = weight_gate.has_value();
-  const Tensor x = readable(as_matrix(input, "input")), dy = readable(as_matrix(grad_output, "grad_output"));
-  const Tensor w2 = readable(weight2), saved = readable(as_contiguous(hidden));
+  const Tensor x = with_aligned_rows(as_matrix(input, "input")),
+               dy = with_aligned_rows(as_matrix(grad_output, "grad_output"));
+  const Tensor w2 = with_aligned_rows(weight2), saved = with_aligned_rows(as_contiguous(hidden));
   const int64_t N = x.size(0), C = x.size(1), F = weight1.size(0), C2 = w2.size(0);
   const int64_t H = gated ? 2 * F : F;  // columns of hidden
   const ScalarType dtype = input.scalar_type();
@@ -212,9 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
       const auto multiply = [&](const auto& weights) {
         gemm<T, kOuter, kDepth>(matrix_of<T>(grad_hidden), weights, N, C, H, epilogue, input, device);
       };
-      const Tensor up = readable(weight1);
+      const Tensor up = with_aligned_rows(weight1);
       if (gated) {
-        const Tensor gate = readable(*weight_gate);
+        const Tensor gate = with_aligned_rows(*weight_gate);
         const bool alike = gate.stride(0) == up.stride(0);
         multiply(stacked<T>(alike ? gate : as_contiguous(gate), alike ? up : as_contiguous(up)));
       } else {

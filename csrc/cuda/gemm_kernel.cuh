@@ -178,19 +178,7 @@ void for_gemm_dtype(DType dtype, Body&& body) {
   dtype == DType::bfloat16 ? body.template operator()<BFloat16>() : body.template operator()<Half>();
 }
 
-// The matrix, or a copy, whose rows can be read by 16-byte accesses.
-inline Tensor readable(const Tensor& matrix) {
-  const bool fits = matrix.stride(1) == 1 && (matrix.size(0) == 1 || matrix.stride(0) % kChunk == 0);
-  if (fits && is_aligned(matrix)) return matrix;
-  return matrix.is_contiguous() ? torch::stable::clone(matrix) : torch::stable::contiguous(matrix);
-}
-inline std::optional<Tensor> readable_vector(const std::optional<Tensor>& vector) {
-  if (!vector.has_value()) return std::nullopt;
-  const Tensor contiguous = as_contiguous(*vector);
-  return is_aligned(contiguous) ? contiguous : torch::stable::clone(contiguous);
-}
-
-// Of a tensor that is readable. A single row's stride may be anything, but places beyond it are to be aligned too.
+// Of a tensor that has aligned rows. A single row's stride may be anything, but places beyond it are to be aligned too.
 template <typename T>
 Matrix<T> matrix_of(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1);

@@ -199,7 +199,7 @@ struct Operands {
   std::optional<Tensor> bias;
 
   explicit Operands(const LossArguments& args)
-      : x(readable(args.input)), weight(readable(args.weight)), bias(readable_vector(args.bias)) {}
+      : x(with_aligned_rows(args.input)), weight(with_aligned_rows(args.weight)), bias(with_aligned_rows(args.bias)) {}
 
   // Of the bias, from column `first` of the vocabulary on.
   template <typename T>

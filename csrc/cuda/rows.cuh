@@ -178,10 +178,6 @@ inline Rows as_rows(const Tensor& x) {
   return {x, count, columns, stride};
 }
 
-inline bool is_aligned(const Tensor& tensor, int64_t bytes = 16) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
-}
-
 // Whether every access to such rows can be of the widest kind.
 inline bool takes_widest(const Rows& rows) {
   const int64_t widest = 16 / rows.tensor.element_size();

@@ -280,4 +280,22 @@ FASTFORMER_DEVICE void store_tile(const Tile& tile, int first_row, int first_col
   }
 }
 
+// --- what tiles are read from
+
+// With rows of a multiple of 8 elements that begin at multiples of 16 bytes: a copy, in the last dimension padded with
+// zeros, unless they do.
+inline Tensor with_aligned_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1, rest = tensor.size(last) % kChunk;
+  bool aligned = rest == 0 && (tensor.size(last) <= 1 || tensor.stride(last) == 1) && is_aligned(tensor);
+  for (int64_t i = 0; i < last; ++i) aligned = aligned && (tensor.size(i) <= 1 || tensor.stride(i) % kChunk == 0);
+  if (aligned || (rest == 0 && tensor.numel() == 0)) return tensor;
+  if (rest != 0) return torch::stable::contiguous(torch::stable::pad(tensor, {0, kChunk - rest}));
+  // A contiguous one may begin anywhere in its storage; a copy begins at its own.
+  return tensor.is_contiguous() ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> with_aligned_rows(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional(with_aligned_rows(*tensor)) : std::nullopt;
+}
+
 }  // namespace fastformer::cuda
