@@ -60,9 +60,9 @@ wheel: $(READY)
 compile-matrix: build
 	$(PYTHON) tests/ahead_of_time/matrix.py
 
-# README.md's table of measurements, from the last `make bench`.
+# README.md's tables and pictures, and the index of benchmarks/results, from the newest results kept there.
 readme-table: build
-	$(PYTHON) -m fastformer.benchmarks.readme_table benchmark-results/benchmark.json README.md
+	$(PYTHON) -m fastformer.benchmarks.readme_table
 
 clean:
 	rm -rf build dist fastformer/lib fastformer.egg-info $(READY)

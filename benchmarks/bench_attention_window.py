@@ -13,45 +13,78 @@ from torch.utils.checkpoint import checkpoint
 
 from fastformer import functional, reference
 
-from .bench_attention import attention_inputs, attention_work
+from . import peers
+from .bench_attention import attention_inputs, attention_work, head_counts
 from .harness import Case
 
-SHAPES = {"cpu": (1, 4, 8192, 64), "cuda": (2, 16, 16384, 128)}  # batch, heads, length, head_dim
+Shape = tuple[int, int, int, int, int]  # batch, heads, key heads, length, head_dim
+
+SHAPES: dict[str, Shape] = {"cpu": (1, 4, 4, 8192, 64), "cuda": (2, 16, 16, 16384, 128)}
 WINDOWS = (None, 4096, 1024, 256)  # keys that a query sees, itself among them; None: all before it
+MORE: dict[str, list[tuple[Shape, int]]] = {
+    "cpu": [((1, 8, 2, 4096, 128), 1024)],  # a fourth of Mistral 7B's heads, sequence and window
+    "cuda": [((1, 32, 8, 16384, 128), 4096)],  # Mistral 7B
+}
 CHUNK = 512  # queries of the reference at once, whose scores are in float64
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The cases of this operation on a kind of device."""
-    batch, heads, length, head_dim = SHAPES[device.type]
+def cases(device: torch.device, dtype: torch.dtype, suite: str) -> Iterator[Case]:
+    """The cases of this operation on a kind of device, those of the quick suite first."""
     for window in WINDOWS:
-        keys = length if window is None else window
-        visible = keys * (keys + 1) // 2 + (length - keys) * keys  # pairs of a head
-        yield Case(
-            operation="attention_window",
-            shape=f"{length}x{head_dim} {'causal' if window is None else f'window {window}'}",
-            dtype=dtype,
-            inputs=partial(attention_inputs, batch, heads, length, length, head_dim, device, dtype),
-            ours=partial(_ours, window=window),
-            reference=partial(_reference, window=window),
-            peers={"eager": "holds the scores of all pairs", "fused": partial(_torchs, window=window)},
-            work=attention_work(batch, heads, length, head_dim, dtype, visible),
-            judged_by="fused",
-        )
+        yield _case(SHAPES[device.type], window, device, dtype, suite)
+    if suite != "quick":
+        for shape, window in MORE[device.type]:
+            yield _case(shape, window, device, dtype, suite)
+
+
+def _case(shape: Shape, window: int | None, device: torch.device, dtype: torch.dtype, suite: str) -> Case:
+    batch, heads, kv_heads, length, head_dim = shape
+    keys = length if window is None else window
+    visible = keys * (keys + 1) // 2 + (length - keys) * keys  # pairs of a head
+    mask = "causal" if window is None else f"window {window}"
+    return Case(
+        operation="attention_window",
+        shape=f"{batch}x{head_counts(heads, kv_heads)}x{length}x{head_dim} {mask}",
+        dtype=dtype,
+        inputs=partial(attention_inputs, batch, heads, kv_heads, length, length, head_dim, device, dtype),
+        ours=partial(_ours, window=window),
+        reference=partial(_reference, window=window),
+        peers={
+            "eager": "would hold the scores of all pairs",
+            "sdpa": partial(_torchs, window=window),
+            **peers.flex(device, suite, peers.causal_mask_mod if window is None else window_mask_mod(window)),
+            **peers.optional("attention", device, dtype, is_causal=True, window=window),
+        },
+        work=attention_work(
+            batch * heads * length * head_dim,
+            batch * kv_heads * length * head_dim,
+            batch * heads * visible,
+            head_dim,
+            dtype,
+        ),
+        judged_by="sdpa",
+        sizes={"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "window": keys},
+    )
+
+
+def window_mask_mod(window: int) -> peers.MaskMod:
+    """FlexAttention's way to say that a query sees so many keys, itself the last."""
+    return lambda batch, head, query, key: (query >= key) & (query - key < window)
 
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:
+    settings = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
     bounds = None if window is None else (window - 1, 0)
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, window=bounds)
+    return functional.scaled_dot_product_attention(query, key, value, window=bounds, **settings)
 
 
 def _torchs(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:
     """torch has no windows: a mask says what is visible."""
+    enable_gqa = query.shape[1] != key.shape[1]
+    attend = partial(torch_functional.scaled_dot_product_attention, query, key, value, enable_gqa=enable_gqa)
     if window is None:
-        return torch_functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    lengths = query.shape[2], key.shape[2]
-    mask = reference.window_mask(*lengths, window - 1, 0, device=query.device)
-    return torch_functional.scaled_dot_product_attention(query, key, value, mask)
+        return attend(is_causal=True)
+    return attend(reference.window_mask(query.shape[2], key.shape[2], window - 1, 0, device=query.device))
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, *, window: int | None) -> Tensor:

@@ -26,7 +26,7 @@ from fastformer.models.data import random_batch, sample_text, split_text
 from fastformer.models.tokenizer import Tokenizer
 from fastformer.models.training import Trainer, TrainingConfig
 
-from .plain_gpt import PlainGPT, sizes
+from .plain_models import PlainGPT, sizes
 
 STEPS = 40
 WARMUP_STEPS = 3  # trained, but not timed

@@ -1,7 +1,7 @@
 """Hugging Face's models, small and with random weights, which the tests use too; and what accelerate() makes of them.
 
 Forward, the two passes of a training step, and greedy generation, beside the model as transformers gives it with each
-of its attentions: its own ("eager") and, where it allows that, torch's scaled_dot_product_attention ("fused").
+of its attentions: its own ("eager") and, where it allows that, torch's scaled_dot_product_attention ("sdpa").
 
 Needs transformers; importing this file does not.
 """
@@ -232,9 +232,9 @@ def cases(device: torch.device, dtype: torch.dtype, size: Size) -> Iterator[Case
                 reference=partial(_with_parameters, Task(models["reference"], task)),
                 peers={
                     "eager": Task(models["eager"], task),
-                    "fused": Task(models["fused"], task) if "fused" in models else "transformers has no SDPA for it",
+                    "sdpa": Task(models["sdpa"], task) if "sdpa" in models else "transformers has no SDPA for it",
                 },
-                judged_by="fused" if "fused" in models else "eager",  # what transformers runs unless told otherwise
+                judged_by="sdpa" if "sdpa" in models else "eager",  # what transformers runs unless told otherwise
                 work={TRAINING if task == TRAINING else FORWARD: _work(models["eager"], task, inputs)},
             )
 
@@ -278,7 +278,7 @@ def _contestants(name: str, device: torch.device, dtype: torch.dtype, size: Size
     """
     variants: dict[str, dict[str, Any]] = {
         "eager": {"attn_implementation": "eager"},
-        "fused": {"attn_implementation": "sdpa"},
+        "sdpa": {"attn_implementation": "sdpa"},
         "reference": {"attn_implementation": "eager", "experts_implementation": "eager"},
         "ours": {},
     }
@@ -287,7 +287,7 @@ def _contestants(name: str, device: torch.device, dtype: torch.dtype, size: Size
         parameter.requires_grad_(not parameter_name.endswith(NO_GRADIENT))
     models = {"eager": first}
     for variant, options in variants.items():
-        if variant == "eager" or (variant == "fused" and not first._supports_sdpa):
+        if variant == "eager" or (variant == "sdpa" and not first._supports_sdpa):
             continue
         models[variant] = build_model(name, size, **BENCH_OPTIONS.get(name, {}), **options).to(device, dtype)
         for module, source in zip(models[variant].modules(), first.modules()):

@@ -12,53 +12,69 @@ from torch import Tensor
 from fastformer import functional, reference
 from fastformer.ops.linear import FEW_ROWS
 
-from .harness import FORWARD, TRAINING, Case, Work
+from .harness import FORWARD, Case, Work
+from .work import of_training
 
 SHAPES = {  # (rows, columns of the weight, rows of the weight)
-    "cpu": [(1, 4096, 4096), (8, 768, 3072), (1024, 768, 768)],
-    "cuda": [(8, 4096, 4096), (8192, 4096, 4096)],
+    "cpu": [(1, 4096, 4096), (8, 768, 3072), (1024, 768, 768)],  # Llama 3 8B; GPT-2 small; one of its sequences
+    "cuda": [(8, 4096, 4096), (8192, 4096, 4096)],  # Llama 3 8B
 }
-MORE_SHAPES = [(1, 768, 3072), (1, 3072, 768), (8, 3072, 768), (1, 768, 50257), (8, 768, 50257)]
+MORE_SHAPES = {
+    "cpu": [
+        # GPT-2 small's feed-forward layer and unembedding
+        (1, 768, 3072),
+        (1, 3072, 768),
+        (8, 3072, 768),
+        (1, 768, 50257),
+        (8, 768, 50257),
+        (1, 4096, 14336),  # Llama 3 8B's feed-forward layer
+        (1024, 768, 2304),  # GPT-2 small's query, key and value of one sequence
+        (128, 4096, 4096),  # Llama 3 8B
+    ],
+    "cuda": [
+        (1, 4096, 14336),
+        (8, 4096, 128256),  # Llama 3 8B's unembedding
+        (8192, 768, 2304),  # GPT-2 small's query, key and value
+        (8192, 4096, 14336),
+    ],
+}
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The cases of this operation on a kind of device."""
-    yield from (_case(*shape, device, dtype) for shape in SHAPES[device.type])
+def cases(device: torch.device, dtype: torch.dtype, suite: str) -> Iterator[Case]:
+    """The cases of this operation on a kind of device, those of the quick suite first."""
+    for shape in SHAPES[device.type] + (MORE_SHAPES[device.type] if suite != "quick" else []):
+        yield _case(*shape, device, dtype)
 
 
-def more_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """A small GPT's feed-forward layer and unembedding."""
-    yield from (_case(*shape, device, dtype) for shape in MORE_SHAPES)
-
-
-def _case(rows: int, cols: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Case:
+def _case(rows: int, columns: int, outputs: int, device: torch.device, dtype: torch.dtype) -> Case:
     few = rows <= FEW_ROWS  # one generates
     return Case(
         operation="linear",
-        shape=f"{rows}x{cols}x{outputs}",
+        shape=f"{rows}x{columns}x{outputs}",
         dtype=dtype,
-        inputs=partial(_inputs, rows, cols, outputs, device, dtype, not few),
+        inputs=partial(_inputs, rows, columns, outputs, device, dtype, requires_grad=not few),
         ours=functional.linear,
         reference=reference.linear,
         peers={"eager": torch_functional.linear},
-        work=_work(rows, cols, outputs, dtype, not few),
-        compiled="eager" if few else None,
+        work=_work(rows, columns, outputs, dtype, training=not few),
+        compiled="eager" if few else None,  # of many rows it is the same product of a library's
+        sizes={"rows": rows, "columns": columns, "outputs": outputs},
     )
 
 
 def _inputs(
-    rows: int, cols: int, outputs: int, device: torch.device, dtype: torch.dtype, training: bool
+    rows: int, columns: int, outputs: int, device: torch.device, dtype: torch.dtype, *, requires_grad: bool
 ) -> dict[str, Tensor]:
-    make = partial(torch.randn, device=device, dtype=dtype, requires_grad=training)
-    return {"input": make(rows, cols), "weight": make(outputs, cols), "bias": make(outputs)}
+    draw = partial(torch.randn, device=device, dtype=dtype, requires_grad=requires_grad)
+    return {"input": draw(rows, columns), "weight": draw(outputs, columns), "bias": draw(outputs)}
 
 
-def _work(rows: int, cols: int, outputs: int, dtype: torch.dtype, training: bool) -> dict[str, Work]:
+def _work(rows: int, columns: int, outputs: int, dtype: torch.dtype, *, training: bool) -> dict[str, Work]:
     # input, weight and bias read, the output written
-    size = (rows * cols + outputs * (cols + 1) + rows * outputs) * dtype.itemsize
-    flops = 2 * rows * cols * outputs
-    work = {FORWARD: Work(bytes=size, flops=flops, reads=not training)}
-    if training:
-        # and the gradients of all of them; two products more
-        work[TRAINING] = Work(bytes=2 * size, flops=3 * flops)
-    return work
+    arguments, output = rows * columns + outputs * columns, rows * outputs
+    flops = 2 * rows * columns * outputs  # 2 a term
+    forward = Work((arguments + outputs + output) * dtype.itemsize, flops, reads=not training)
+    if not training:
+        return {FORWARD: forward}
+    # grad_output, input and weight read, gradients of input, weight and bias written; two products
+    return of_training(forward, Work((2 * arguments + outputs + output) * dtype.itemsize, 2 * flops))

@@ -1,4 +1,4 @@
-"""rotary: position embeddings of query and key, at a small GPT's sizes and Llama 3 8B's (8 key heads)."""
+"""rotary: position embeddings of query and key, at a small GPT's sizes and at those of Llama 3 (8 key heads)."""
 
 from __future__ import annotations
 
@@ -10,38 +10,47 @@ from torch import Tensor
 
 from fastformer import functional, reference
 
-from .harness import FORWARD, TRAINING, Case, Work
+from . import peers
+from .bench_attention import head_counts
+from .harness import Case, Work
+from .work import of_training
 
 SHAPES = {  # (batch, query heads, key heads, length, head_dim)
-    "cpu": [(4, 6, 6, 256, 64), (1, 32, 8, 1024, 128)],
+    "cpu": [(4, 6, 6, 256, 64), (1, 32, 8, 1024, 128)],  # nanoGPT's; Llama 3 8B
     "cuda": [(16, 12, 12, 1024, 64), (4, 32, 8, 8192, 128)],
+}
+MORE_SHAPES = {
+    "cpu": [(1, 32, 8, 4096, 128), (2, 32, 8, 1024, 64)],  # Llama 3 8B; Llama 3.2 1B
+    "cuda": [(1, 32, 8, 2048, 128), (4, 32, 8, 8192, 64)],
 }
 
 
-def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """The cases of this operation on a kind of device."""
-    for index, (batch, heads, key_heads, length, head_dim) in enumerate(SHAPES[device.type]):
+def cases(device: torch.device, dtype: torch.dtype, suite: str) -> Iterator[Case]:
+    """The cases of this operation on a kind of device, those of the quick suite first."""
+    shapes = SHAPES[device.type] + (MORE_SHAPES[device.type] if suite != "quick" else [])
+    for index, (batch, heads, kv_heads, length, head_dim) in enumerate(shapes):
         yield Case(
             operation="rotary",
-            shape=f"{batch}x{heads}/{key_heads}x{length}x{head_dim}",
+            shape=f"{batch}x{head_counts(heads, kv_heads)}x{length}x{head_dim}",
             dtype=dtype,
-            inputs=partial(_inputs, batch, heads, key_heads, length, head_dim, device, dtype),
+            inputs=partial(_inputs, batch, heads, kv_heads, length, head_dim, device, dtype),
             ours=functional.rotary,
             reference=reference.rotary,
-            peers={"eager": _eager},
-            work=_work(batch, heads + key_heads, length, head_dim, dtype),
-            compiled="eager" if index == 1 else None,
+            peers={"eager": _eager, **peers.optional("rotary", device, dtype)},
+            work=_work(batch * (heads + kv_heads) * length * head_dim, dtype),
+            compiled="eager" if index == 1 or suite != "quick" else None,
+            sizes={"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "head_dim": head_dim},
         )
 
 
 def _inputs(
-    batch: int, heads: int, key_heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    batch: int, heads: int, kv_heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.arange(length, device=device).unsqueeze(-1) * frequencies  # [length, head_dim / 2]
     return {
         "query": torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True),
-        "key": torch.randn(batch, key_heads, length, head_dim, device=device, dtype=dtype, requires_grad=True),
+        "key": torch.randn(batch, kv_heads, length, head_dim, device=device, dtype=dtype, requires_grad=True),
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
     }
@@ -58,11 +67,8 @@ def _eager(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return rotate(query), rotate(key)
 
 
-def _work(batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:
-    elements = batch * heads * length * head_dim
-    return {
-        # query and key read and written; two multiplications and a sum for each element
-        FORWARD: Work(bytes=2 * elements * dtype.itemsize, flops=3 * elements),
-        # and their gradients read and written
-        TRAINING: Work(bytes=4 * elements * dtype.itemsize, flops=6 * elements),
-    }
+def _work(elements: int, dtype: torch.dtype) -> dict[str, Work]:
+    """``elements``: of query and key. cos and sin are not counted: all heads share them."""
+    # query and key read and written; two multiplications and a sum for each element; their gradients likewise
+    once = Work(bytes=2 * elements * dtype.itemsize, flops=3 * elements)
+    return of_training(once, once)

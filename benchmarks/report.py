@@ -1,36 +1,59 @@
-"""What a run leaves behind: one table, one JSON file, one picture. All three are made from the same results."""
+"""What a run found: as one object that JSON holds, and as text for the terminal."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from dataclasses import asdict
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .harness import Limits, Row, Timing, short_name
+from .table import Line, compact, lay_out, number, percent, shorten, wrap
 
+FORMAT = 2
 WIDTH = 100
-PEERS = ("eager", "fused", "compile")  # the table's columns; of several fused kernels it shows the best
-NOISY_SPREAD = 0.15  # a median spread above this is called noisy
+# The kinds of peers, and the names before ":" of the peers that are of each kind. Of several it shows the fastest.
+GROUPS = {
+    "eager": ("eager",),
+    "fused": ("sdpa", "chunked", "flex"),
+    "compile": ("compile",),
+    "others": ("liger", "flash-attn", "quack"),
+}
+GROUP_TITLES = {"eager": "eager", "fused": "torch's fused", "compile": "compile", "others": "others"}
+# Whose numbers of a whole model are shown: title -> name in a row.
+CONTESTANTS = {"eager": "eager", "compile": "compile", "ours": "ours", "+compile": "ours: compile"}
+NOISY = 0.15  # a larger median spread, or drift of the copy rate, makes a run noisy
 
-Results = dict  # as json.loads gives it back: "environment", "limits", "rows", "end_to_end", "interrupted", "scaling"
+Results = dict  # as json.loads gives it back, see collect
 
 
 def collect(
-    environment: dict[str, str], limits: Limits, rows: list[Row], end_to_end: dict | None, *, interrupted: bool
+    environment: dict[str, str],
+    limits: Limits,
+    rows: Sequence[Row],
+    end_to_end: dict | None,
+    *,
+    scaling: Sequence[dict] = (),
+    interrupted: bool = False,
 ) -> Results:
-    """One object with all that was found."""
+    """One object with all that was found: "format", "environment", "limits", "rows", "scaling", "end_to_end",
+    "interrupted". A row has the fields of Row and "speedups", "limit_share", "spread".
+    """
     return {
+        "format": FORMAT,
         "environment": environment,
         "limits": {
-            "copy": limits.copy,
-            "read": limits.read,
+            "copy": {str(size): rate for size, rate in limits.copy.items()},
+            "read": {str(size): rate for size, rate in limits.read.items()},
             "product": {short_name(dtype): rate for dtype, rate in limits.product.items()},
+            "drift": limits.drift,
         },
         "rows": [
             {**asdict(row), "speedups": row.speedups(), "limit_share": row.limit_share(), "spread": _spread(row.ours)}
             for row in rows
         ],
+        "scaling": list(scaling),
         "end_to_end": end_to_end,
         "interrupted": interrupted,
     }
@@ -40,86 +63,219 @@ def _spread(timing: Timing | None) -> float | None:
     return timing.spread if timing else None
 
 
+def write_json(results: Results, path: Path) -> None:
+    """The results, whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def failed(results: Results) -> bool:
     """Did any of our kernels get no time?"""
     end_to_end = results["end_to_end"]
     return any(row["problem"] for row in results["rows"]) or bool(end_to_end and end_to_end["problem"])
 
 
-def best_peers(row: dict) -> dict[str, float]:
-    """Our speed-up by column of the table: against the best kernel of each kind ("fused: a", "fused: b" -> "fused")."""
-    columns: dict[str, float] = {}
+def label(row: dict) -> str:
+    """What tells a row from the others."""
+    return f"{row['operation']} {row['shape']} {row['dtype']} {row['mode']}"
+
+
+def group_of(peer: str) -> str | None:
+    """The key of GROUPS that a peer belongs to; none for "ours: compile"."""
+    kind = peer.partition(":")[0]
+    return next((group for group, kinds in GROUPS.items() if kind in kinds), None)
+
+
+def best_speedups(row: dict) -> dict[str, float]:
+    """Our speed-up over the fastest peer of each group."""
+    found: dict[str, float] = {}
     for name, speedup in row["speedups"].items():
-        column = name.partition(":")[0]
-        columns[column] = min(speedup, columns.get(column, speedup))
-    return columns
+        if (group := group_of(name)) is not None:
+            found[group] = min(speedup, found.get(group, speedup))
+    return {group: found[group] for group in GROUPS if group in found}
 
 
-def format_table(results: Results) -> str:
-    """The table, at most 100 columns wide, with the reasons for its gaps beneath it."""
-    lines = [
-        f"{'':<39}{'ours':>9}{'':>5}   {'speed-up against torch':<22}{'share of':>13}{'error /':>8}",
-        f"  {'shape':<24}{'type':<5}{'mode':<8}{'ms':>9}{'+-':>5}"
-        f"{'eager':>8}{'fused':>8}{'compile':>9}{'the limit':>13}{'allowed':>8}",
-    ]
-    notes: dict[str, str] = {}  # reason -> letter
-    for (operation, backend), rows in itertools.groupby(results["rows"], lambda r: (r["operation"], r["backend"])):
-        lines.append(f"{operation} ({backend} kernel)")
-        lines += [_format_row(row, notes) for row in rows]
-    lines += [_shorten(f"{letter}: {reason}") for reason, letter in notes.items()]
-    lines.append("fused: torch's own fused kernel (SDPA; linear_cross_entropy in chunks). +-: half the quartile range.")
+def gaps(row: dict, group: str) -> str:
+    """Why none of the group's peers was timed, "" if there is none."""
+    reasons = {n: peer for n, peer in row["peers"].items() if group_of(n) == group and isinstance(peer, str)}
+    # The group's name says it where the peer has the same.
+    return "; ".join(reason if name == group else f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def noise(results: Results) -> list[str]:
+    """The reasons to call the run noisy."""
+    reasons = []
     spreads = sorted(row["spread"] for row in results["rows"] if row["spread"] is not None)
-    if spreads and (typical := spreads[len(spreads) // 2]) > NOISY_SPREAD:
-        lines.append(f"The machine was noisy: half of the rows spread by more than {typical:.0%}.")
-    return "\n".join(line.rstrip() for line in lines)
+    if spreads and (typical := spreads[len(spreads) // 2]) > NOISY:
+        reasons.append(f"half of the rows spread by more than {typical:.0%} (limit {NOISY:.0%})")
+    if abs(drift := results["limits"]["drift"]) > NOISY:
+        reasons.append(f"the rate of copies drifted by {abs(drift):.0%} during the run (limit {NOISY:.0%})")
+    load, threads = (_leading_number(results["environment"].get(key, "")) for key in ("load", "threads"))
+    if load is not None and threads is not None and load > threads:
+        reasons.append(f"{load:g} processes were running on {threads:g} cores at the start")
+    return reasons
 
 
-def _format_row(row: dict, notes: dict[str, str]) -> str:
-    start = f"  {row['shape']:<24}{row['dtype']:<5}{row['mode']:<8}"
-    if row["problem"]:
-        return _shorten(f"{start} {row['problem']}")
-    speedups = best_peers(row)
-    cells = []
-    for column, width in zip(PEERS, (8, 8, 9)):
-        reasons = [p for name, p in row["peers"].items() if name.partition(":")[0] == column and isinstance(p, str)]
-        if column in speedups:
-            cell = f"{speedups[column]:.2f}x"
-        elif reasons:
-            cell = notes.setdefault(reasons[0], f"[{len(notes) + 1}]")
-        else:
-            cell = "-"
-        cells.append(f"{cell:>{width}}")
-    share = f"{row['limit_share']:.0%} {row['limit']}"
-    return (
-        f"{start}{row['ours']['median'] * 1e3:>9.3f}{row['spread']:>5.0%}{''.join(cells)}"
-        f"{share:>13}{row['error_share']:>8.2f}"
-    )
+def _leading_number(text: str) -> float | None:
+    found = re.match(r"\d+(\.\d+)?", text)
+    return float(found.group()) if found else None
 
 
-def _shorten(line: str) -> str:
-    return line if len(line) <= WIDTH else line[: WIDTH - 3] + "..."
+def format_noise(results: Results) -> str:
+    """One sentence, "" for a quiet run."""
+    reasons = noise(results)
+    return f"This run was noisy: {'; '.join(reasons)}." if reasons else ""
+
+
+Notes = dict[str, str]  # reason -> its mark, "[1]", in the order in which the table names them
+Cell = Callable[[dict, Notes], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its title on two lines, and what stands in it for a row that was timed."""
+
+    title: tuple[str, str]
+    cell: Cell
+
+
+def _speedup(group: str) -> Cell:
+    def cell(row: dict, notes: Notes) -> str:
+        speedups = best_speedups(row)
+        if group in speedups:
+            return number(speedups[group], decimals=2)
+        reason = gaps(row, group)
+        return notes.setdefault(reason, f"[{len(notes) + 1}]") if reason else "-"
+
+    return cell
+
+
+def _rate(quantity: str, unit: float) -> Cell:
+    return lambda row, notes: number(row[quantity] / row["ours"]["median"] / unit if row[quantity] else None)
+
+
+def _of_ours(quantity: str, unit: float) -> Cell:
+    return lambda row, notes: number(row[quantity]["ours"] / unit if "ours" in row[quantity] else None, decimals=2)
+
+
+SHORT_TITLES = {"eager": "eager", "fused": "fused", "compile": "comp.", "others": "other"}
+LIMIT_NAMES = {"copy": "copy", "read": "read", "product": "prod", "resident": "core"}
+METRICS: dict[str, list[Column]] = {
+    "latency": [Column(("ours", "ms"), lambda row, notes: number(row["ours"]["median"] * 1e3, digits=4))],
+    "spread": [Column(("", "+-"), lambda row, notes: percent(row["spread"]))],
+    "speedup": [
+        Column(("speed-up over" if group == "eager" else "", title), _speedup(group))
+        for group, title in SHORT_TITLES.items()
+    ],
+    "limit": [
+        Column(
+            ("share of", "limit"),
+            lambda row, notes: f"{percent(row['limit_share'])} {LIMIT_NAMES.get(row['limit'], row['limit'])}",
+        )
+    ],
+    "error": [Column(("", "error"), lambda row, notes: number(row["error_share"], decimals=2))],
+    "tflops": [Column(("", "TFLOP/s"), _rate("flops", 1e12))],
+    "gbps": [Column(("", "GB/s"), _rate("bytes", 1e9))],
+    "overhead": [Column(("host", "us"), _of_ours("overhead", 1e-6))],
+    "memory": [Column(("peak", "MiB"), _of_ours("memory", 2**20))],
+}
+DEFAULT_METRICS = ("latency", "spread", "speedup", "limit", "error", "overhead", "memory")
+LEGEND = {
+    "spread": "+-: half the quartile range.",
+    "speedup": "fused: torch's own kernels (SDPA, flex_attention, linear_cross_entropy in chunks). comp.:"
+    " torch.compile. other: Liger, flash-attn, quack.",
+    "limit": "limit: copy or read of main memory, prod: matrix product, core: arithmetic in the first caches.",
+    "error": "error: 1 is the most that is allowed.",
+    "overhead": "host: a call on one row (CPU) or until it returns (GPU).",
+    "memory": "peak: most memory beyond the inputs.",
+}
+
+
+def format_table(results: Results, metrics: Sequence[str] = DEFAULT_METRICS) -> str:
+    """The table, at most 100 columns wide, with the reasons for its gaps and what noise there was beneath it.
+
+    Args:
+        metrics: which columns, in their order: names of METRICS.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"metrics: {', '.join(map(repr, unknown))}, must be among {', '.join(METRICS)}")
+    columns = [column for name in metrics for column in METRICS[name]]
+    notes: Notes = {}
+    sections: dict[str, list[Line]] = {}
+    for row in results["rows"]:
+        cells = row["problem"] or [column.cell(row, notes) for column in columns]
+        heading = f"{' '.join(filter(None, (row['operation'], row['dtype'])))}, {row['backend']} kernel"
+        sections.setdefault(heading, []).append(Line((row["shape"], row["mode"]), cells))
+    lines = lay_out(("shape", "mode"), [column.title for column in columns], sections, WIDTH)
+    for reason, mark in notes.items():
+        lines += wrap(f"{mark} {shorten(reason, 3 * WIDTH)}", WIDTH)
+    lines += wrap(" ".join(LEGEND[name] for name in metrics if name in LEGEND), WIDTH)
+    if sentence := format_noise(results):
+        lines += wrap(sentence, WIDTH)
+    return "\n".join(lines)
+
+
+def is_model(row: dict) -> bool:
+    """Is it a row of a whole model, with tokens to count, that was timed?"""
+    return bool(row["tokens"]) and row["ours"] is not None
+
+
+def model_numbers(row: dict, limits: dict) -> dict[str, dict[str, float]]:
+    """Of a whole model, by contestant: "tokens" (per second), "mfu" (share of the product limit), "memory" (bytes)."""
+    timings = {"ours": row["ours"], **row["peers"]}
+    found: dict[str, dict[str, float]] = {}
+    for title, name in CONTESTANTS.items():
+        timing, numbers = timings.get(name), {}
+        if isinstance(timing, dict):
+            numbers["tokens"] = row["tokens"] / timing["median"]
+            if row["dtype"] in limits["product"]:
+                numbers["mfu"] = row["flops"] / timing["median"] / limits["product"][row["dtype"]]
+        if name in row["memory"]:
+            numbers["memory"] = row["memory"][name]
+        found[title] = numbers
+    return found
+
+
+def format_models(results: Results) -> str:
+    """Tokens/s, model FLOP utilisation and peak memory of the whole models, at most 100 columns wide; "" for none."""
+    sections: dict[str, list[Line]] = {}
+    for row in filter(is_model, results["rows"]):
+        by_name = model_numbers(row, results["limits"]).values()
+        cells = [compact(numbers.get("tokens")) for numbers in by_name]
+        cells += [percent(numbers.get("mfu")) for numbers in by_name]
+        cells += [compact(numbers["memory"] / 2**20 if "memory" in numbers else None) for numbers in by_name]
+        sections.setdefault(f"{row['operation']} {row['dtype']}", []).append(Line((row["shape"],), cells))
+    if not sections:
+        return ""
+    titles = [
+        (title if i == 0 else "", name)
+        for title in ("tokens/s", "MFU (of the product limit)", "peak MiB beyond the inputs")
+        for i, name in enumerate(CONTESTANTS)
+    ]
+    return "\n".join(lay_out(("whole model",), titles, sections, WIDTH))
 
 
 def format_environment(results: Results) -> str:
     """The machine and its measured limits."""
+    facts = results["environment"] | {"limits": format_limits(results)}
+    return "\n".join(line for name, text in facts.items() for line in wrap(f"{name}: {text}", WIDTH))
+
+
+def format_limits(results: Results) -> str:
+    """What the machine can do, in one line."""
     limits = results["limits"]
-    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits["product"].items())
-    lines = [f"{name}: {text}" for name, text in results["environment"].items()]
     rates = [
-        f"{name} " + ", ".join(f"{rate / 1e9:.0f} at {int(size) >> 20} MiB" for size, rate in limits[name].items())
+        f"{name} " + ", ".join(f"{rate / 1e9:.0f} at {int(size) / 2**20:g} MiB" for size, rate in limits[name].items())
         for name in ("copy", "read")
+        if limits[name]
     ]
-    lines.append(f"limits: {'; '.join(rates)} (GB/s); product {products}")
-    return "\n".join(line for text in lines for line in _wrap(text))
-
-
-def _wrap(text: str) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) + 1 > WIDTH and lines[-1].strip():
-            lines.append("   ")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
+    products = ", ".join(f"{dtype} {number(rate / 1e9)}" for dtype, rate in limits["product"].items())
+    drift = f"drift of copy {limits['drift']:+.0%}"
+    return f"{'; '.join(rates)} (GB/s); product {products} (GFLOP/s); {drift}"
 
 
 def format_end_to_end(run: dict) -> str:
@@ -141,7 +297,7 @@ def format_end_to_end(run: dict) -> str:
     if run["speedup"] is not None:
         lines.append(f"  {run['speedup']:.2f}x as many tokens/s")
     if run["problem"]:
-        lines.append(_shorten(f"  {run['problem']}"))
+        lines.append(shorten(f"  {run['problem']}", WIDTH))
     elif run["loss_difference"] is not None:
         lines.append(
             f"  same answers: logits differ by {run['logits_difference']:.1e} at most (largest"
@@ -152,59 +308,3 @@ def format_end_to_end(run: dict) -> str:
 
 def _number(value: float | None, form: str, width: int) -> str:
     return f"{'-' if value is None else format(value, form):>{width}}"
-
-
-def write_json(results: Results, path: Path) -> None:
-    """The results, whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_picture(results: Results, path: Path) -> None:
-    """PNG: our speed-up against each kind of peer as bars, and the loss curves of the end-to-end run."""
-    from matplotlib.figure import Figure  # no pyplot: no display, no global state
-
-    rows = [row for row in results["rows"] if row["speedups"]]
-    run = results["end_to_end"]
-    has_curves = bool(run and run["steps"])
-    figure = Figure(figsize=(14 if has_curves else 9, max(5, 1 + 0.22 * len(rows))), layout="constrained")
-    axes = figure.subplots(1, 1 + has_curves, width_ratios=[3, 2][: 1 + has_curves], squeeze=False)[0]
-    _draw_bars(axes[0], rows)
-    if has_curves:
-        _draw_losses(axes[1], run)
-    figure.suptitle(results["environment"].get("gpu", results["environment"]["processor"].partition(",")[0]))
-    figure.savefig(path, dpi=110, format="png")
-
-
-def _draw_bars(axes: object, rows: list[dict]) -> None:
-    height = 0.8 / len(PEERS)
-    for index, column in enumerate(PEERS):
-        bars = [(y, best_peers(row)[column]) for y, row in enumerate(rows) if column in best_peers(row)]
-        if bars:
-            places, speedups = zip(*bars)
-            offset = (index - (len(PEERS) - 1) / 2) * height
-            axes.barh(
-                [y + offset for y in places], [s - 1 for s in speedups], height, left=1, label=f"over torch, {column}"
-            )
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{r['operation']} {r['shape']} {r['dtype']} {r['mode']}" for r in rows])
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("speed-up of fastformer (right of 1: faster)")
-    axes.xaxis.set_major_formatter("{x:g}x")
-    axes.grid(axis="x", alpha=0.3)
-    if rows:
-        axes.legend(loc="lower right")
-
-
-def _draw_losses(axes: object, run: dict) -> None:
-    for (name, losses), style in zip(run["losses"].items(), ("-", "--")):
-        speed = run["tokens_per_second"].get(name)
-        axes.plot(losses, style, linewidth=2, label=name + (f", {speed:.0f} tokens/s" if speed else ""))
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats a token)")
-    axes.set_title(run["model"], fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend()

@@ -8,9 +8,10 @@
 Not related to the 2021 "Fastformer" model.
 """
 
+__version__ = "0.1.0"
+
 from fastformer import functional, nn
 from fastformer.accelerate import accelerate, restore
 from fastformer.backends import backend, explain, set_backend
 
-__version__ = "0.1.0"
 __all__ = ["accelerate", "backend", "explain", "functional", "nn", "restore", "set_backend"]

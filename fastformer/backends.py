@@ -1,8 +1,8 @@
 """Which kernel runs: one table, one pure function, and the request that the user can make.
 
 A kernel is one of ``cpu`` (C++), ``triton``, ``cuda`` (C++), ``torch`` (torch's own function) and ``reference`` (the
-float64 definition). ``auto`` takes ours where EVIDENCE says that it is faster on that kind of device, or where torch
-can't do what was asked; else torch's own. There is no measurement on a GPU yet.
+float64 definition). ``auto`` takes ours where a table of ``fastformer tune``, or else EVIDENCE, says that it is faster
+on that kind of device, or where torch can't do what was asked; else torch's own. EVIDENCE has nothing on GPUs yet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastformer import library
+from fastformer import library, tuning
 
 #: Element types that our kernels have; torch's own functions take the rest.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ TRITON_INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Measurement(NamedTuple):
-    """Says where our CPU kernel of an operation, or of a form of it, is faster than torch's."""
+    """Says where our kernel of an operation, or of a form of it, is faster than torch's."""
 
     operation: str
     levels: tuple[str, ...]  # instruction-set levels
@@ -44,6 +44,8 @@ class Measurement(NamedTuple):
     speedup: str  # over torch's own kernel, forward and with backward
     # Elements of the input (or key, or linear's weight) from which it is so: without, with gradients.
     least: tuple[int, int] = (0, 0)
+    kernel: str = "cpu"
+    tuned: str = ""  # the day on which ``fastformer tune`` found it on this machine
 
 
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -97,8 +99,24 @@ def faster_at(level: str) -> dict[tuple[str, torch.dtype], Measurement]:
     return {(row.operation, dtype): row for row in EVIDENCE if level in row.levels for dtype in row.dtypes}
 
 
+def _tuned(table: tuning.Table | None) -> dict[tuple[str, torch.dtype], Measurement]:
+    """The entries of a table of ``fastformer tune`` as measurements."""
+    return {
+        (x.operation, x.dtype): Measurement(x.operation, (), (x.dtype,), x.speedup, x.least, x.kernel, table.made)
+        for x in (table.entries if table else ())
+    }
+
+
+_TABLES = tuning.read_or_warn()
+#: What ``fastformer tune`` found on this machine's processor, if it was run.
+TUNED = tuning.find(_TABLES, tuning.cpu(CPU_LEVEL)) if _TABLES else None
 #: What ``auto`` goes by on this machine.
-FASTER = faster_at(CPU_LEVEL)
+FASTER = faster_at(CPU_LEVEL) | _tuned(TUNED)
+#: Likewise on its GPU, where nothing but ``fastformer tune`` has measured.
+FASTER_ON_GPU: dict[tuple[str, torch.dtype], Measurement] = {}
+if any(table.machine.get("device") == "cuda" for table in _TABLES):
+    # To ask for the GPU's name starts CUDA, which importing must not: so it waits for the program to do that.
+    torch.cuda._lazy_call(lambda: FASTER_ON_GPU.update(_tuned(tuning.find(_TABLES, tuning.gpu()))))
 _Tensor, _is_compiling = torch.Tensor, torch.compiler.is_compiling  # looked up once, for is_small
 #: (operation, dtype) -> elements below which torch's own function is faster, with gradients or without.
 _SMALL = {key: min(row.least) for key, row in FASTER.items()}
@@ -133,7 +151,7 @@ OLDEST_GPU = (8, 0)
 CUDA_OPERATIONS = {row.operation for row in PREFERENCES}
 #: The dtypes of the CUDA C++ kernels that don't take all of KERNEL_DTYPES.
 CUDA_DTYPES = {"attention": (torch.bfloat16, torch.float16)}
-_FORMS = {
+FORMS = {
     "add_layer_norm": "layer_norm",
     "rms_norm": "layer_norm",
     "feed_forward_few_rows": "feed_forward",
@@ -143,6 +161,8 @@ _FORMS = {
 
 def preferred(operation: str, tensor: torch.Tensor) -> str:
     """``triton`` or ``cuda``, on a GPU that has both, for a raw operator whose first argument is ``tensor``."""
+    if FASTER_ON_GPU and (measured := FASTER_ON_GPU.get((operation, tensor.dtype))):
+        return measured.kernel
     row_bytes = tensor.shape[-1:].numel() * tensor.element_size()
     rows = [row for row in PREFERENCES if row.operation == operation and row_bytes >= row.from_row_bytes]
     kernel = rows[-1].kernel
@@ -189,10 +209,17 @@ def choose(
     small a tensor is: it would be compiled once more for small ones, and spares the calls' cost anyway.
     """
     request, dtype = _request, tensor.dtype
-    device = "cpu" if tensor.is_cpu else tensor.device.type
+    if tensor.is_cpu:
+        device, measured = "cpu", FASTER.get((operation, dtype))
+    else:
+        device = tensor.device.type
+        measured = FASTER_ON_GPU.get((operation, dtype)) if device == "cuda" else None
     if torch.compiler.is_compiling():
-        return decide(operation, device, dtype, request, unsupported=unsupported, torch_lacks=torch_lacks).kernel
-    measured, elements = FASTER.get((operation, dtype)), tensor.numel()
+        never = measured is not None and measured.least[record] == tuning.NEVER
+        return decide(
+            operation, device, dtype, request, unsupported=unsupported, torch_lacks=torch_lacks, small=never
+        ).kernel
+    elements = tensor.numel()
     small = measured is not None and type(elements) is int and elements < measured.least[record]
     key = (operation, device, dtype, request, unsupported, torch_lacks, small)
     kernel = _decided.get(key)
@@ -269,7 +296,7 @@ def decide(
     if request != "auto":
         if not available(request, device):
             raise ValueError(f"backend {request!r} can't run {operation} on {device}: {_missing(request, device)}")
-        if request == "cuda" and (lacks := _cuda_lacks(operation, dtype)):
+        if request == "cuda" and (lacks := cuda_lacks(operation, dtype)):
             raise ValueError(f"backend 'cuda' can't run {operation}: {lacks}")
         if unsupported:
             raise ValueError(f"backend {request!r} can't run {operation}: {unsupported}")
@@ -278,22 +305,36 @@ def decide(
         return Choice("torch", f"our kernels don't have {unsupported}")
     if torch_lacks:
         for kernel in ("cpu", "triton", "cuda"):
-            if available(kernel, device) and not (kernel == "cuda" and _cuda_lacks(operation, dtype)):
+            if available(kernel, device) and not (kernel == "cuda" and cuda_lacks(operation, dtype)):
                 return Choice(kernel, f"torch's own function has no {torch_lacks}")
-    if device != "cpu" or (CPU_LIBRARY and (operation, dtype) not in FASTER):
-        return Choice("torch", f"no measurement says that ours is faster on {device} in {dtype}")
-    if not CPU_LIBRARY:
+    if device == "cpu" and not CPU_LIBRARY:
         return Choice("torch", _missing("cpu", device))
-    measured = FASTER[operation, dtype]
+    measured = {"cpu": FASTER, "cuda": FASTER_ON_GPU}.get(device, {}).get((operation, dtype))
+    if measured is None:
+        return Choice("torch", f"no measurement says that ours is faster on {device} in {dtype}")
+    if not available(measured.kernel, device):
+        return Choice("torch", _missing(measured.kernel, device))
+    kernel = "torch" if small else measured.kernel
+    if measured.tuned:
+        return Choice(kernel, f"tuned on this machine {measured.tuned}: {_where(measured)}")
     if small:
-        without, recorded = measured.least
-        return Choice("torch", f"ours is faster from {without} elements on, {recorded} with gradients")
-    return Choice("cpu", f"measured {measured.speedup} as fast as torch's own, see fastformer/backends.py")
+        return Choice(kernel, _where(measured))
+    return Choice(kernel, f"measured {measured.speedup} as fast as torch's own, see fastformer/backends.py")
 
 
-def _cuda_lacks(operation: str, dtype: torch.dtype) -> str:
+def _where(measured: Measurement) -> str:
+    """From which sizes on ours is faster."""
+    without, recorded = measured.least
+    if without == tuning.NEVER:
+        never = recorded == tuning.NEVER
+        return "ours is never faster" if never else f"ours is faster with gradients alone, from {recorded} elements on"
+    also = "never" if recorded == tuning.NEVER else str(recorded)
+    return f"ours is faster from {without} elements on, {also} with gradients"
+
+
+def cuda_lacks(operation: str, dtype: torch.dtype) -> str:
     """Why the CUDA C++ kernels can't run an operation in a dtype that others can, or the empty string."""
-    operation = _FORMS.get(operation, operation)
+    operation = FORMS.get(operation, operation)
     if operation not in CUDA_OPERATIONS:
         return "it has no CUDA C++ kernels"
     dtypes = CUDA_DTYPES.get(operation, KERNEL_DTYPES)

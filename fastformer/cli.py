@@ -1,4 +1,4 @@
-"""The command line: fastformer bench, train, generate, env."""
+"""The command line: fastformer bench, tune, train, generate, env."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fastformer
-from fastformer import backends
+from fastformer import backends, tuning
 from fastformer.models.checkpoint import KINDS
 from fastformer.models.commands import NEW_RUN_OPTIONS, default_of, flag_of, generate, train
 from fastformer.models.runs import PRESETS
@@ -46,13 +46,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastformer {fastformer.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    commands.add_parser("bench", help="check and measure every operation, then a GPT end to end", add_help=False)
+    commands.add_parser(
+        "bench", help="check and measure operations and whole models beside their peers", add_help=False
+    )
 
+    _tune_parser(commands)
     _train_parser(commands)
     _generate_parser(commands)
     env = commands.add_parser("env", help="what is installed, what would run, what is missing")
     env.set_defaults(run=_env)
     return parser
+
+
+def _tune_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "tune",
+        help="measure on this machine from which sizes on ours is faster, for `auto` to go by",
+        description="Measures every operation against torch's, with and without gradients, from small sizes to large"
+        " ones, and keeps the result, which `auto` then goes by on this machine, with these versions and so many"
+        " threads. Takes some minutes; an interruption leaves what was kept before.",
+        epilog="FASTFORMER_TUNING names the file (tuning.json in the cache folder); off: no table is used.",
+    )
+    parser.set_defaults(run=_tune)
+    parser.add_argument("--show", action="store_true", help="print what is kept")
+    parser.add_argument("--reset", action="store_true", help="delete it, for all machines")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="at the widths of gpt2, bert, llama (3.2 1B) or a folder with config.json (three small models' widths)",
+    )
+    parser.add_argument("--op", action="append", metavar="OP[,OP]", help="these operations; repeatable (all)")
+    parser.add_argument(
+        "--dtype", action="append", metavar="DTYPE[,DTYPE]", help="in these dtypes; repeatable (float32,bfloat16)"
+    )
+    _device_argument(parser)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from fastformer.benchmarks.tune import run
+
+    return run(options)
 
 
 def _train_parser(commands: argparse._SubParsersAction) -> None:
@@ -103,7 +136,11 @@ def _generate_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", type=Path, metavar="DIR", default=Path("fastformer-gpt"), help="(%(default)s)")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(gpt 100, seq2seq its context)")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (gpt 0.8, seq2seq 0)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest token (gpt 0.8; seq2seq 0, or 1 with --top-k, --top-p or --seed)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest that sum to P")
     parser.add_argument("--seed", type=int, help="of what is drawn (0)")
@@ -124,17 +161,18 @@ def _device(name: str) -> torch.device:
 
 
 def _env(options: argparse.Namespace) -> int:
-    from fastformer.benchmarks.machine import processor_name
-
+    cores = f"{os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"
     lines = {
         "fastformer": f"{fastformer.__version__} in {Path(fastformer.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
-        "processor": f"{processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads",
+        "processor": f"{tuning.processor_name()}, {cores}",
         "C++ kernels (CPU)": _cpu_library(),
         "GPU": _gpu(),
         "Triton kernels": _triton(),
-        "CUDA kernels": backends.CUDA_PROBLEM or "loaded (all operations but attention and linear)",
+        "CUDA kernels": backends.CUDA_PROBLEM
+        or "loaded (all operations but linear; attention in bfloat16 and float16)",
+        "tuning": _tuning(),
         "train, generate": _packages(MODEL_PACKAGES, "models"),
         "bench": _packages(MODEL_PACKAGES + BENCHMARK_PACKAGES, "bench"),
     }
@@ -151,6 +189,15 @@ def _cpu_library() -> str:
             " pip install --force-reinstall --no-deps --no-build-isolation fastformer"
         )
     return f"instruction-set level {backends.CPU_LEVEL} (FASTFORMER_CPU_ISA lowers it)"
+
+
+def _tuning() -> str:
+    file = tuning.path()
+    if file is None:
+        return "no table is used (FASTFORMER_TUNING=off)"
+    if backends.TUNED is None:
+        return f"no table of this machine and these versions in {file}: `fastformer tune` measures one"
+    return f"{file}, of {backends.TUNED.made}, {len(backends.TUNED.entries)} entries"
 
 
 def _gpu() -> str:

@@ -1,6 +1,7 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter; that must be asked for before Triton is imported."""
+"""Before fastformer is imported, no table of the user's is wanted, and without a GPU Triton's interpreter is."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["FASTFORMER_TUNING"] = "off"  # the user's own tables choose kernels for their programs, not for tests
 
 import pytest
 from hypothesis import register_random, settings
@@ -15,6 +17,9 @@ from simt.every_kernel import pytest_sessionfinish, pytest_terminal_summary, pyt
 from support import needs_library
 
 import fastformer
+
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start in order to interrupt them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TorchRandom:

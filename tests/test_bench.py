@@ -1,64 +1,26 @@
-"""The benchmark suite: no time for a wrong answer, true medians, one table, JSON that says what the table says."""
+"""The benchmark suite: no time for a wrong answer, every mode measured as it says, a command that keeps what it has."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import random
-import time
-from functools import partial
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_support import LIMITS, PACE, Clock, case, double, rows_of, wrong_value
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastformer.benchmarks import (
-    bench_generation,
-    bench_gpt,
-    bench_train_step,
-    harness,
-    machine,
-    readme_table,
-    report,
-    run,
-    scaling,
-)
-from fastformer.benchmarks.harness import FORWARD, TRAINING, Case, Limits, Pace, Timing, Work
+from fastformer.benchmarks import bench_gpt, harness, machine, report, run, scaling, suite, test_operations
+from fastformer.benchmarks.checking import Check
+from fastformer.benchmarks.harness import BACKWARD, FORWARD, MODES, TRAINING, Pace, Timing, Work
 
-LIMITS = Limits(
-    copy={2**10: 1e11, 2**20: 1e10},
-    read={2**10: 2e11, 2**20: 2e10},
-    product={torch.float32: 1e11, torch.bfloat16: 2e11},
-)
-PACE = Pace(row_seconds=0.0, compile=False)
-
-
-class Clock:
-    """Advances only when a call says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def takes(self, *seconds: float) -> object:
-        """A call that takes these seconds, one after the other; the last ones for ever."""
-        left = list(seconds)
-
-        def call() -> None:
-            self.now += left.pop(0) if len(left) > 1 else left[0]
-
-        return call
-
-
-def double(input: Tensor) -> Tensor:
-    return 2 * input
-
-
-def wrong_value(input: Tensor) -> Tensor:
-    return 2.001 * input
+CPU = torch.device("cpu")
+REPOSITORY = Path(run.__file__).resolve().parent.parent
 
 
 def wrong_shape(input: Tensor) -> Tensor:
@@ -73,145 +35,164 @@ def not_there(input: Tensor) -> Tensor:
     raise NotImplementedError("no kernel for\nthis device")
 
 
-def case(ours: object = double, **changes: object) -> Case:
-    """Doubling, 3 x 5."""
-    settings = {
-        "operation": "double",
-        "shape": "3x5",
-        "dtype": torch.float32,
-        "inputs": lambda: {"input": torch.randn(3, 5, requires_grad=True)},
-        "ours": ours,
-        "reference": lambda input: 2 * input,
-        "peers": {"eager": double},
-        "work": {FORWARD: Work(bytes=120, flops=15), TRAINING: Work(bytes=240, flops=30)},
-    }
-    return Case(**(settings | changes))
-
-
-def rows_of(the_case: Case) -> list[harness.Row]:
-    return list(harness.run_case(the_case, "cpu", harness.CpuTimer(), LIMITS, PACE, random.Random(0)))
-
-
-def results_of(rows: list[harness.Row], end_to_end: dict | None = None) -> dict:
-    environment = {"processor": "a processor, 2 threads", "versions": "torch 2"}
-    collected = report.collect(environment, LIMITS, rows, end_to_end, interrupted=False)
-    return json.loads(json.dumps(collected))
-
-
-END_TO_END = {
-    "model": "GPT, 6 layers",
-    "batch": "4 x 256 tokens",
-    "dtype": "fp32",
-    "backend": "cpu",
-    "steps": 2,
-    "losses": {"torch": [8.0, 7.0], "fastformer": [8.0, 7.0001]},
-    "held_out_loss": {"torch": 7.5, "fastformer": 7.5},
-    "peak_bytes": {"torch": 3 * 2**20, "fastformer": 2 * 2**20},
-    "logits_difference": 1e-6,
-    "largest_logit": 2.0,
-    "loss_difference": 1e-4,
-    "tokens_per_second": {"torch": 100.0, "fastformer": 150.0},
-    "speedup": 1.5,
-    "problem": "",
-}
-
-
 def test_right_answer_gets_times_and_speedups() -> None:
     rows = rows_of(case())
     assert [row.mode for row in rows] == [FORWARD, TRAINING]
     for row in rows:
         assert row.problem == "" and row.error_share == 0 and row.ours.samples == PACE.min_rounds
         assert row.speedups() == {"eager": row.peers["eager"].median / row.ours.median}
-    assert not report.failed(results_of(rows))
+        assert (row.bytes, row.flops) == {FORWARD: (120, 15), TRAINING: (240, 30)}[row.mode]
 
 
 @pytest.mark.parametrize("ours", [wrong_value, wrong_shape, not_there, lambda input: torch.nan * input])
 def test_wrong_kernel_gets_no_time(ours: object) -> None:
-    results = results_of(rows_of(case(ours)))
-    for row in results["rows"]:
-        assert row["problem"] and row["ours"] is None and row["peers"] == {} and row["speedups"] == {}
-    assert report.failed(results)
-    table = report.format_table(results)
-    assert results["rows"][0]["problem"][:30] in table and " ms" in table
-    assert max(map(len, table.splitlines())) <= report.WIDTH
+    for row in rows_of(case(ours)):
+        assert row.problem and row.ours is None and row.peers == {} and row.speedups() == {}
+        assert row.memory == {} and row.overhead == {} and row.limit_share() is None
 
 
 def test_wrong_gradient_keeps_the_forward_time() -> None:
-    forward, training = rows_of(case(wrong_gradient))
+    forward, backward, training = rows_of(case(wrong_gradient), Pace(row_seconds=0.0, modes=MODES))
     assert forward.ours is not None and forward.problem == ""
-    assert training.ours is None and "gradient of input" in training.problem
+    for row in (backward, training):
+        assert row.ours is None and "gradient of input" in row.problem
 
 
-def test_wrong_kernel_ends_the_command_with_status_1(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(run, "_cases", lambda *_, **__: iter([case(), case(wrong_value, shape="wrong")]))
-    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
-    data = tmp_path / "folder" / "results.json"
-    arguments = ["--only", "softmax", "--device", "cpu", "--out", str(tmp_path), "--json", str(data)]
-    assert run.main(arguments) == 1
-    rows = json.loads(data.read_text())["rows"]
-    assert [bool(row["ours"]) for row in rows] == [True, True, False, False]
-    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    output = capsys.readouterr().out
-    assert "wrong output" in output and str(data) in output
-    assert max(map(len, output.split("\nwritten")[0].splitlines())) <= report.WIDTH
+def test_error_is_a_share_of_what_is_allowed() -> None:
+    """Torch's error is 0 here: allowed are 2 ulp of the largest value of a row."""
+    inputs = torch.tensor([[1.0, 0.75], [0.5, 0.25]])
+    off = torch.tensor([[2**-22, 0.0], [0.0, 0.0]])  # an ulp of 2
+    the_case = case(lambda input: 2 * input + off, inputs=lambda: {"input": inputs}, work={FORWARD: Work(8, 1)})
+    assert [row.error_share for row in rows_of(the_case)] == [0.5]
+    (row,) = rows_of(case(lambda input: 2 * input + 5 * off, inputs=the_case.inputs, work=the_case.work))
+    assert row.error_share == 2.5 and "2.5x the allowed error" in row.problem
 
 
-def test_interruption_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    def interrupt(input: Tensor) -> Tensor:
-        raise KeyboardInterrupt
+def test_modes_time_their_own_part_on_a_fake_clock() -> None:
+    """A forward pass of 5 seconds, a backward pass of 1."""
+    clock = Clock()
 
-    monkeypatch.setattr(run, "_cases", lambda *_, **__: iter([case(), case(interrupt)]))
-    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
-    assert run.main(["--only", "softmax", "--device", "cpu", "--out", str(tmp_path)]) == 130
-    results = json.loads((tmp_path / "benchmark.json").read_text())
-    assert results["interrupted"] and len(results["rows"]) == 2
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(context: object, input: Tensor) -> Tensor:
+            clock.now += 5
+            return 2 * input
+
+        @staticmethod
+        def backward(context: object, grad: Tensor) -> Tensor:
+            clock.now += 1
+            return 2 * grad
+
+    the_case = case(Slow.apply, peers={"eager": Slow.apply})
+    pace = Pace(row_seconds=0.0, modes=MODES)
+    rows = list(harness.run_case(the_case, "cpu", harness.CpuTimer(clock), LIMITS, pace, random.Random(0)))
+    assert {row.mode: row.ours.median for row in rows} == {FORWARD: 5, BACKWARD: 1, TRAINING: 6}
+    assert {row.mode: row.peers["eager"].median for row in rows} == {FORWARD: 5, BACKWARD: 1, TRAINING: 6}
+
+
+def test_forward_has_no_graph_and_modes_that_a_case_lacks_no_row() -> None:
+    grad_modes = []
+
+    def ours(input: Tensor) -> Tensor:
+        grad_modes.append(torch.is_grad_enabled())
+        return 2 * input
+
+    pace = Pace(row_seconds=0.0, modes=MODES)
+    assert [row.mode for row in rows_of(case(ours, work={FORWARD: Work(120, 15)}), pace)] == [FORWARD]
+    assert not any(grad_modes)
+    assert rows_of(case(ours, work={FORWARD: Work(120, 15)}), Pace(modes=[BACKWARD])) == []
+
+
+def test_inputs_are_the_cases_own_and_never_zeros() -> None:
+    seen: list[Tensor] = []
+
+    def ours(input: Tensor) -> Tensor:
+        seen.append(input)
+        return 2 * input
+
+    for other in ("another", "3x5"):
+        rows_of(case(shape=other))
+        torch.randn(7)
+        rows_of(case(ours))
+    assert torch.equal(seen[0], seen[-1]) and seen[0] is not seen[-1]
+    rows_of(case(ours, shape="another"))
+    assert not torch.equal(seen[0], seen[-1])
+    zeros = rows_of(case(inputs=lambda: {"input": torch.zeros(3, 5)}))
+    assert all("input is all zeros" in row.problem and row.ours is None for row in zeros)
+
+
+def test_case_that_cannot_be_checked_is_a_row_with_the_reason() -> None:
+    rows = rows_of(case(reference=not_there))
+    assert [row.mode for row in rows] == [FORWARD, TRAINING]
+    assert all(row.problem.startswith("can't be checked: NotImplementedError") and row.ours is None for row in rows)
 
 
 def test_peers_that_cannot_run_say_why() -> None:
-    peers = {"eager": double, "fused": not_there, "fused: other": wrong_shape, "compile": "too slow"}
-    row = rows_of(case(peers=peers | {"fused: third": lambda input: 3 * input}))[0]
-    assert row.peers["fused"] == "NotImplementedError: no kernel for this device"
-    assert "shapes" in row.peers["fused: other"]
-    assert row.peers["fused: third"] == "computes something else: output"
-    assert row.peers["compile"] == "too slow"
-    assert list(row.speedups()) == ["eager"]
-    table = report.format_table(results_of([row]))
-    assert "[1]: NotImplementedError: no kernel for this device" in table and "[2]: too slow" in table
+    peers = {"eager": double, "sdpa": not_there, "sdpa: other": wrong_shape, "liger": "not installed"}
+    row = rows_of(case(peers=peers | {"flex": lambda input: 3 * input}))[0]
+    assert row.peers["sdpa"] == "NotImplementedError: no kernel for this device"
+    assert "shapes" in row.peers["sdpa: other"]
+    assert row.peers["flex"] == "computes something else: output"
+    assert row.peers["liger"] == "not installed"
+    assert list(row.speedups()) == ["eager"] and row.memory.keys() == {"ours", "eager"}
 
 
-def test_compiled_peer() -> None:
-    assert rows_of(case(compiled="eager"))[0].peers["compile"] == "not asked for (--no-compile)"
-    late = Pace(suite_seconds=1.0, started=time.monotonic() - 0.6)
-    assert "no time left" in late.why_not_compile()
-    assert Pace(suite_seconds=1e6).why_not_compile() == ""
+def test_only_and_skip() -> None:
+    the_case = case(peers={"eager": not_there, "sdpa": double, "sdpa: math": double, "flex": double}, judged_by="sdpa")
+    assert rows_of(the_case, Pace(0.0, only=["sdpa"]))[0].peers.keys() == {"sdpa", "sdpa: math"}
+    assert rows_of(the_case, Pace(0.0, skip=["sdpa: math", "eager"]))[0].peers.keys() == {"sdpa", "flex"}
+    row = rows_of(the_case, Pace(0.0, only=["ours"]))[0]
+    assert row.peers == {} and row.ours is not None  # checked against sdpa all the same
 
 
-def test_medians_and_quartiles_on_a_fake_clock() -> None:
-    clock = Clock()
-    calls = {"ours": clock.takes(9.0, 1.0, 2.0, 3.0, 4.0, 5.0), "eager": clock.takes(6.0)}  # 9.0 is the warm-up
-    pace = Pace(row_seconds=0.0, min_rounds=5)
-    timings = harness.measure(calls, harness.CpuTimer(clock), pace, random.Random(0))
-    assert timings == {"ours": Timing(3.0, 2.0, 4.0, 5), "eager": Timing(6.0, 6.0, 6.0, 5)}
-    assert timings["ours"].spread == pytest.approx(1 / 3)
-    row = harness.Row("o", "s", "fp32", FORWARD, "cpu", ours=timings.pop("ours"), peers=timings, limit_seconds=1.5)
-    assert row.speedups() == {"eager": 2.0}
-    assert row.limit_share() == 0.5
+def test_compiled_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict] = []
+
+    def compile(function: object, **options: object) -> object:
+        made.append(options)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    forward = {FORWARD: Work(120, 15)}
+    (row,) = rows_of(case(compiled="eager", work=forward), Pace(0.0, thorough=True))
+    assert list(row.peers) == ["eager", "compile", "compile: max-autotune"]
+    assert all(isinstance(peer, Timing) for peer in row.peers.values())
+    assert [options["mode"] for options in made] == [None, "max-autotune"]
+    assert all(options["fullgraph"] and options["dynamic"] is False for options in made)
+    (row,) = rows_of(case(compiled="eager", work=forward), Pace(0.0))
+    assert list(row.peers) == ["eager", "compile"]
+    late = Pace(0.0, suite_seconds=1.0, started=-1e9)
+    (row,) = rows_of(case(compiled="eager", work=forward), late)
+    assert "no time left" in row.peers["compile"] and len(made) == 3
+    assert rows_of(case(compiled="eager", work=forward), Pace(0.0, skip=["compile"]))[0].peers.keys() == {"eager"}
 
 
-def test_rounds_end_with_the_budget_and_are_in_random_order() -> None:
-    clock, order = Clock(), []
+def test_memory_and_overhead_of_ours_and_each_peer() -> None:
+    rows = rows_of(case(lambda input: input + input, few=lambda rows: {"input": torch.randn(rows, 5)}, rows=3))
+    forward, training = rows
+    assert forward.memory["ours"] == 3 * 5 * 4  # the output
+    assert training.memory["ours"] >= 2 * 3 * 5 * 4  # and the gradient
+    for row in rows:
+        assert row.memory.keys() == row.overhead.keys() == {"ours", "eager"}
+        assert all(1e-7 < seconds < 1e-2 for seconds in row.overhead.values())
+    assert rows_of(case())[0].overhead == {}
 
-    def call(name: str, seconds: float) -> None:
-        order.append(name)
-        clock.now += seconds
 
-    calls = {name: partial(call, name, 1.0) for name in "abc"}
-    timings = harness.measure(calls, harness.CpuTimer(clock), Pace(row_seconds=30.0), random.Random(0))
-    assert all(timing.samples == 10 for timing in timings.values())
-    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
-    assert len(set(rounds)) > 1 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
+def test_cuda_graph_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(call: object, device: torch.device) -> object:
+        if len(attempts) == fails_at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        attempts.append(call)
+        return call
+
+    monkeypatch.setattr(harness, "captured", captured)
+    the_case, pace = case(work={FORWARD: Work(120, 15)}), Pace(0.0, cuda_graphs=True)
+    attempts, fails_at = [], 1
+    (row,) = rows_of(the_case, pace)
+    assert row.peers["eager"].startswith("no CUDA graph: RuntimeError: operation not") and row.ours is not None
+    attempts, fails_at = [], 0
+    (row,) = rows_of(the_case, pace)
+    assert row.problem.startswith("no CUDA graph: RuntimeError") and row.ours is None
 
 
 def test_limits_bind() -> None:
@@ -223,8 +204,33 @@ def test_limits_bind() -> None:
     assert LIMITS.bound(Work(bytes=1000, flops=0), torch.float32, 0.5) == ("resident", 0.5)
 
 
+def test_measured_limits_on_a_fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes a second, those at the end half of one."""
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2**20)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    seconds = iter([1.0] * 20 * (5 + 2 * 5 + 2) + [0.5] * 20)
+    limits = machine.measure_limits(CPU, lambda call: next(seconds))
+    assert limits.copy == limits.read == {2**20 * megabytes: 2**20 * megabytes for megabytes in (1, 4, 12, 24, 8)}
+    assert limits.product == {torch.float32: 2 * 256**3, torch.bfloat16: 2 * 256**3}  # at that rate no larger product
+    assert machine.copy_drift(limits, CPU, lambda call: next(seconds)) == 1.0
+    with pytest.raises(StopIteration):
+        next(seconds)
+
+
+def test_product_limit_is_of_the_larger_product_where_that_is_quick() -> None:
+    assert machine.product_rate(torch.bfloat16, CPU, lambda call: 1e-3) == 2 * 1536**3 / 1e-3
+
+
+def test_environment_says_what_reports_count() -> None:
+    facts = machine.environment(CPU)
+    assert facts.keys() >= {"processor", "threads", "system", "versions", "load"}
+    assert int(facts["threads"].split()[0]) == torch.get_num_threads() and float(facts["load"].split()[0]) >= 0
+    assert f"torch {torch.__version__}" in facts["versions"]
+
+
 def test_resident_seconds_are_those_of_the_rows_alone() -> None:
     """A call that takes 0.5 ms, and 0.01 ms a row."""
+    import time
 
     def call(input: Tensor) -> Tensor:
         end = time.perf_counter() + 5e-4 + 1e-5 * len(input)
@@ -238,101 +244,263 @@ def test_resident_seconds_are_those_of_the_rows_alone() -> None:
     assert harness.resident_seconds(case(call)) == 0
 
 
-def test_scaling_points_and_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(scaling, "LENGTHS", (8, 16))
-    monkeypatch.setattr(scaling, "WIDTHS", (64,))
+@pytest.fixture
+def small_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "LENGTHS", {"cpu": (8, 300)})
+    monkeypatch.setattr(scaling, "WIDTHS", {"cpu": (64,)})
+    monkeypatch.setattr(scaling, "ELEMENTS", {"cpu": 2**12})
+
+
+def scaled(threads: int) -> list[scaling.Point | harness.Row]:
+    dtypes = (torch.float32, torch.bfloat16)
+    found = list(scaling.points(CPU, dtypes, threads, "cpu", harness.CpuTimer(), PACE, random.Random(0)))
+    assert len(found) == scaling.count(CPU, dtypes)
+    return found
+
+
+def test_scaling_points(small_scaling: None) -> None:
     threads = torch.get_num_threads()
-    found = [point for count in (1, 2) for point in scaling.points(count, random.Random(0))]
+    found = [point for count in (1, 2) for point in scaled(count)]
     assert torch.get_num_threads() == threads
     sizes = [(x.operation, x.size, x.threads, x.dtype) for x in found]
     assert len(set(sizes)) == len(sizes) == 2 * 2 * 4
     assert all(0 < seconds < 1 for x in found for seconds in (x.ours, x.torch))
-    scaling.write_picture(json.loads(json.dumps(scaling.as_rows(found))), tmp_path / "scaling.png")
-    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+    assert json.loads(json.dumps(scaling.as_rows(found)))[0]["operation"] == "attention"
 
 
-@pytest.mark.parametrize("device", run.BACKENDS)
-@pytest.mark.parametrize("operation", run.OPERATIONS)
-def test_every_case_fits_the_table(operation: str, device: str) -> None:
-    timing = Timing(123.4567, 100.0, 150.0, 3)
-    with FakeTensorMode():  # a device that may not be there
-        cases = list(run._cases(operation, torch.device(device), list(run.DTYPES.values()), more=device == "cpu"))
-    rows = [
-        harness.Row(
-            the_case.operation,
-            the_case.shape,
-            harness.short_name(the_case.dtype),
-            mode,
-            run.BACKENDS[device],
-            ours=timing,
-            error_share=0.99,
-            peers=dict.fromkeys(("eager", "fused", "compile"), timing),
-            limit="product",
-            limit_seconds=work.bytes / 1e12,
-        )
-        for the_case in cases
-        for mode, work in the_case.work.items()
-    ]
-    assert {row.dtype for row in rows} == {"fp32", "bf16"} and {row.mode for row in rows} == {FORWARD, TRAINING}
-    table = report.format_table(results_of(rows))
-    assert max(map(len, table.splitlines())) <= report.WIDTH
-    assert all(f" {row.shape} " in table for row in rows)
+def test_scaling_checks_its_answers(small_scaling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = scaling.functional.scaled_dot_product_attention
+
+    def wrong_in_the_last_query(*inputs: Tensor, is_causal: bool) -> Tensor:
+        output = attend(*inputs, is_causal=is_causal)
+        output[0, -1, -1] += 0.1
+        return output
+
+    monkeypatch.setattr(scaling.functional, "scaled_dot_product_attention", wrong_in_the_last_query)
+    found = scaled(1)
+    wrong = [row for row in found if isinstance(row, harness.Row)]
+    assert [(row.operation, row.shape) for row in wrong] == 2 * [("attention", "length 8"), ("attention", "length 300")]
+    assert all("allowed error" in row.problem and row.error_share > 1 and row.ours is None for row in wrong)
+    assert len(found) - len(wrong) == 4
 
 
-def test_json_holds_what_the_table_shows() -> None:
-    results = results_of(rows_of(case(peers={"eager": double, "fused": double})), END_TO_END)
-    row = results["rows"][0]
-    line = report.format_table(results).splitlines()[3]
-    for text in (
-        f"{row['ours']['median'] * 1e3:.3f}",
-        f"{row['speedups']['eager']:.2f}x",
-        f"{row['speedups']['fused']:.2f}x",
-        f"{row['limit_share']:.0%} {row['limit']}",
-    ):
-        assert text in line
-    summary = report.format_end_to_end(results["end_to_end"])
-    assert "1.50x" in summary and "2 MiB" in summary and "7.0001" in summary
-    assert max(map(len, summary.splitlines())) <= report.WIDTH
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time of a small run."""
+    monkeypatch.setattr(run.pictures, "draw", lambda results: {})
+    monkeypatch.setattr(run.html_report, "write", lambda results, path, drawn: None)
 
 
-def test_generation_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"vocab_size": 50, "context_length": 32, "num_layers": 2, "num_heads": 2, "d_model": 16}
-    for name, value in {"SIZES": sizes, "PROMPT": 7, "NEW_TOKENS": 5, "BATCHES": (2,)}.items():
-        monkeypatch.setattr(bench_generation, name, value)
-    limits = Limits({1024: 1e9}, {1024: 1e9}, dict.fromkeys(bench_generation.DTYPES, 1e9))
-    arguments = (torch.device("cpu"), harness.CpuTimer(), limits, Pace(row_seconds=0.0, min_rounds=1), random.Random(0))
-    rows = list(bench_generation.rows(*arguments))
-    assert [(row.shape, row.dtype, row.problem) for row in rows] == [("2x7+5", "bf16", ""), ("2x7+5", "fp32", "")]
-    assert all(row.speedups().keys() == {"eager"} and row.error_share < 1 for row in rows)
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
+    """``fastformer bench`` of given cases: (exit status, the JSON)."""
+    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
+    monkeypatch.setattr(machine, "copy_drift", lambda *arguments: -0.02)
+    monkeypatch.setattr(machine, "available_threads", lambda: 1)
 
-    plain = bench_generation.PlainGPT(*sizes.values())
-    prompt = torch.randint(50, (2, 7))
-    tokens = bench_generation.PlainGenerator(plain, 2).generate(prompt)
-    for length in range(7, 12):  # its cache changes nothing
-        assert torch.equal(plain(tokens[:, :length])[:, -1].argmax(-1), tokens[:, length])
-    monkeypatch.setattr(bench_generation.GPT, "unembed", lambda self, x: 1.1 * x @ self.token_embedding.weight.mT)
-    assert all(row.problem and row.ours is None for row in bench_generation.rows(*arguments))
+    def command(cases: list, *arguments: str) -> tuple[int, dict]:
+        monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter(cases))
+        data = tmp_path / "results" / "data.json"
+        common = ["--op", "softmax", "--device", "cpu", "--out", str(tmp_path / "out"), "--json", str(data)]
+        status = run.main([*common, *arguments])
+        return status, json.loads(data.read_text())
+
+    return command
 
 
-def test_train_step_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = bench_train_step.GPTConfig(50, context_length=16, num_layers=1, num_heads=2, d_model=16)
-    monkeypatch.setattr(bench_train_step, "CONFIG", config)
-    limits = Limits({1024: 1e9}, {1024: 1e9}, dict.fromkeys(bench_train_step.DTYPES, 1e9))
-    pace = Pace(row_seconds=0.0, min_rounds=1, compile=False)
-    arguments = (torch.device("cpu"), harness.CpuTimer(), limits, pace, random.Random(0))
-    rows = list(bench_train_step.rows(*arguments))
-    assert [(row.shape, row.dtype, row.problem) for row in rows] == [("4x16", "bf16", ""), ("4x16", "fp32", "")]
-    assert all(row.speedups().keys() == {"eager"} and row.error_share < 1 for row in rows)
-    forward = bench_train_step.GPT.forward
-    monkeypatch.setattr(bench_train_step.GPT, "forward", lambda *args, **kwargs: 1.1 * forward(*args, **kwargs))
-    assert all(row.problem and row.ours is None for row in bench_train_step.rows(*arguments))
+def test_wrong_kernel_ends_the_command_with_status_1(
+    bench: object, no_pictures: None, capsys: pytest.CaptureFixture
+) -> None:
+    status, results = bench([case(), case(wrong_value, shape="wrong")])
+    assert status == 1 and not results["interrupted"]
+    assert [bool(row["ours"]) for row in results["rows"]] == [True, True, False, False]
+    assert results["limits"]["drift"] == -0.02
+    output = capsys.readouterr().out
+    assert "wrong output" in output and "data.json" in output
+    assert max(map(len, output.partition("\nwritten")[0].splitlines())) <= report.WIDTH
+
+
+def test_command_writes_what_it_says(bench: object, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    page = tmp_path / "page" / "index.html"
+    status, results = bench([case()], "--html", str(page), "--mode", "bwd", "--dtype", "float32", "--metrics", "error")
+    assert status == 0 and [row["mode"] for row in results["rows"]] == [BACKWARD]
+    output = capsys.readouterr().out
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    pictures = {path for path in files if path.suffix == ".svg"}
+    assert files - pictures == {page, tmp_path / "results" / "data.json"}
+    assert {path.parent for path in pictures} == {tmp_path / "out"}
+    assert f"written: {tmp_path / 'results' / 'data.json'}, {page}, {len(pictures)} pictures in" in output
+    assert "speed-up" not in output and "allowed" in output
+
+
+def test_interruption_keeps_what_there_is(bench: object, no_pictures: None, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(input: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    status, results = bench([case(), case(interrupt), case()])
+    assert status == 130 and results["interrupted"] and len(results["rows"]) == 2
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_interruption_before_anything_is_measured(
+    bench: object, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "measure_limits", interrupt)
+    status, results = bench([case()])
+    assert status == 130 and results["interrupted"] and results["rows"] == []
+
+
+def test_part_that_raises_does_not_end_the_others(
+    bench: object, small_scaling: None, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*arguments: object) -> None:
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(suite.bench_models, "rows", rows)
+    status, results = bench([case()], "--op", "models,scaling", "--mode", FORWARD)
+    assert status == 1 and len(results["scaling"]) == 2 * 4
+    assert [row["problem"] for row in results["rows"]] == ["", "MemoryError: too little"]
+
+
+def test_slower_than_an_old_run_is_status_3(
+    bench: object, no_pictures: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    status, results = bench([case()])
+    assert status == 0
+    for row in results["rows"]:
+        row["ours"] = {name: x if name == "samples" else x / 100 for name, x in row["ours"].items()}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(results))
+    assert bench([case()], "--compare", str(old))[0] == 3
+    for row in results["rows"]:
+        row["ours"] = {name: x if name == "samples" else x * 1e4 for name, x in row["ours"].items()}
+    old.write_text(json.dumps(results))
+    assert bench([case()], "--compare", str(old))[0] == 0
+
+
+def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter([case(), case(shape="second")]))
+    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
+    monkeypatch.setattr(machine, "copy_drift", lambda *arguments: 0.0)
+    pace = Pace(row_seconds=10.0, skip=["compile"])
+    seen = []
+
+    def run_case(*arguments: object) -> list:
+        seen.append(pace.done)
+        return []
+
+    def model_rows(*arguments: object) -> object:
+        for _ in range(2):
+            seen.append(pace.done)
+            yield harness.Row("model", "small", "fp32", FORWARD, "auto")
+
+    monkeypatch.setattr(suite, "run_case", run_case)
+    monkeypatch.setattr(suite.bench_models, "rows", model_rows)
+    suite.Runner(CPU, "cpu", "quick", ["softmax", "models"], [torch.float32], pace).run()
+    each = 2 * (10.0 + suite.CHECK_SECONDS)
+    before_models = suite.LIMITS_SECONDS + 2 * each
+    starts = [suite.LIMITS_SECONDS, suite.LIMITS_SECONDS + each, before_models, before_models + suite.MODEL_SECONDS]
+    total = before_models + suite.bench_models.COUNT * suite.MODEL_SECONDS + 1
+    assert seen == pytest.approx([start / total for start in starts])
+    assert pace.done == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--op", "nonsense"],
+        ["--op", "softmax,"],
+        ["--only", "fused"],
+        ["--skip", "ours"],
+        ["--skip", "fused: flash"],
+        ["--mode", "fwd+bwd"],
+        ["--dtype", "int8"],
+        ["--metrics", "speed"],
+        ["--suite", "slow"],
+        ["--no-compile"],
+    ],
+)
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run.main(arguments)
+    assert exit.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "gpu"], "--device: cpu, must be cuda with --suite gpu"),
+        (["--cuda-graphs"], "--cuda-graphs: there are none on cpu"),
+        (["--backend", "triton"], "--backend: triton is not available on cpu"),
+        (["--compare", __file__], "test_bench.py has no results of this benchmark .JSONDecodeError"),
+        (["--compare", "{old}"], "old.json has no results of this benchmark .ValueError: .* format 1, must have 2"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.backends, "available", lambda backend, device: False)
+    monkeypatch.delattr(run, "Runner")  # is not reached
+    old = tmp_path / "old.json"
+    old.write_text('{"format": 1}')
+    arguments = [argument.format(old=old) for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        run.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+
+
+def test_lists_with_commas_and_repeated_options() -> None:
+    options = run._parse(["--op", "softmax,rotary", "--op", "gpt", "--only", "sdpa: flash,eager", "--mode", "bwd,fwd"])
+    assert options.op == ["softmax", "rotary", "gpt"] and options.only == ["sdpa: flash", "eager"]
+    assert options.mode == ["bwd", "fwd"] and options.dtype == ("float32", "bfloat16") and options.skip is None
+
+
+def test_suites_nest() -> None:
+    for suites in (("quick", "cpu", "full"), ("quick", "gpu")):
+        for smaller, larger in itertools.pairwise(suites):
+            assert set(suite.SUITES[smaller].parts) <= set(suite.SUITES[larger].parts)
+
+
+def test_pytest_benchmark_runs_a_case() -> None:
+    """Ours and a peer in the three modes of one of the quick suite's cases."""
+    chosen = "softmax and 4096x768 and fp32 and (ours or eager)"
+    fast = ["--benchmark-max-time=0.02", "--benchmark-min-rounds=2", "--benchmark-columns=median"]
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "-k", chosen, "--device", "cpu", *fast]
+    # Without what pytest-xdist says, under which pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "\n6 passed" in found.stdout
+    for mode in MODES:
+        assert f"benchmark 'softmax 4096x768 fp32 {mode}': 2 tests" in found.stdout
+
+
+def test_pytest_benchmark_checks_first() -> None:
+    def benchmark(call: object) -> None:
+        timed.append(call())
+
+    timed: list[object] = []
+    benchmark.extra_info = {}
+    the_case = case(wrong_value, peers={"eager": double, "sdpa": wrong_value, "flex": not_there, "liger": wrong_shape})
+    check = the_case, Check(the_case)
+    with pytest.raises(AssertionError, match="wrong output"):
+        test_operations.test_operation(check, FORWARD, "ours", benchmark)
+    for peer, reason in (("flex", "no kernel for this device"), ("liger", "wrong shapes")):
+        with pytest.raises(pytest.skip.Exception, match=reason):
+            test_operations.test_operation(check, FORWARD, peer, benchmark)
+    assert timed == []
+    test_operations.test_operation(check, FORWARD, "sdpa", benchmark)  # within what peers may differ by
+    assert len(timed) == 1 and benchmark.group == "double 3x5 fp32 fwd"
 
 
 def test_end_to_end_runs_agree_and_unequal_ones_get_no_speed() -> None:
     config = bench_gpt.GPTConfig(4096, context_length=16, num_layers=1, num_heads=2, d_model=16)
     steps = bench_gpt.WARMUP_STEPS + 2
     done: list[int] = []
-    with bench_gpt.Comparison(torch.device("cpu"), "auto", config) as comparison:
+    with bench_gpt.Comparison(CPU, "auto", config) as comparison:
         comparison.run(on_step=lambda: done.append(1), steps=steps)
         with pytest.raises(RuntimeError, match="training with torch: AttributeError"):
             comparison.workers["torch"]("nonsense")
@@ -350,61 +518,3 @@ def test_end_to_end_runs_agree_and_unequal_ones_get_no_speed() -> None:
     assert "losses differ" in report.format_end_to_end(results)
     comparison.run(on_step=lambda: None, steps=1)  # the processes have been ended
     assert comparison.results()["problem"] == "the training process of torch ended with status -9"
-
-
-def test_best_of_several_fused_kernels_is_shown() -> None:
-    assert report.best_peers({"speedups": {"fused": 3.0, "fused: flash": 1.5, "eager": 9.0}}) == {
-        "fused": 1.5,
-        "eager": 9.0,
-    }
-
-
-BEGIN, END = readme_table.markers("benchmark")
-
-
-def test_readme_tables(tmp_path: object) -> None:
-    data, readme = tmp_path / "benchmark.json", tmp_path / "README.md"
-    begin, end = readme_table.markers("hugging face")
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nbetween\n{begin}\nolder\n{end}\nafter\n")
-    report.write_json(results_of(rows_of(case()), END_TO_END), data)
-    assert readme_table.main([str(data), str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nbetween\n{begin}\nolder\n{end}\nafter\n")
-    assert "old\n" not in text.partition(END)[0] and "| `double` | 3x5 |" in text and "**1.50x**" in text
-    assert readme_table.main([str(data), str(readme)]) == 0
-    assert readme.read_text() == text
-
-    results = results_of(rows_of(case()))
-    (row,) = results["rows"][:1]
-    row |= {"operation": readme_table.MODELS, "speedups": {"eager": 2.0}}
-    results["rows"] = [
-        {**row, "shape": "gpt 2x16", "mode": FORWARD},
-        {**row, "shape": "gpt 2x16", "mode": TRAINING, "speedups": {"eager": 3.0, "fused": 1.5}},
-        {**row, "shape": "gpt 2x16+4", "mode": FORWARD, "speedups": {"fused": 0.5}},
-    ]
-    data.write_text(json.dumps(results))
-    assert readme_table.main([str(data), str(readme)]) == 0
-    before, _, models = readme.read_text().partition(begin)
-    assert before == text.partition(begin)[0]
-    assert "| gpt | 2.00 / - | 3.00 / 1.50 | - / 0.50 |" in models and "older" not in models
-
-
-@pytest.mark.parametrize("markers", ["", BEGIN, f"{END}\n{BEGIN}"])
-def test_readme_without_markers_is_left_alone(markers: str, tmp_path: object, capsys: pytest.CaptureFixture) -> None:
-    data, readme = tmp_path / "benchmark.json", tmp_path / "README.md"
-    report.write_json(results_of(rows_of(case())), data)
-    readme.write_text(markers)
-    assert readme_table.main([str(data), str(readme)]) == 2
-    assert readme.read_text() == markers and "README" in capsys.readouterr().err
-
-
-def test_failed_run_is_not_for_the_readme() -> None:
-    with pytest.raises(ValueError, match="failed"):
-        readme_table.tables(results_of(rows_of(case(wrong_value))))
-
-
-@pytest.mark.parametrize("arguments", [["--only", "nonsense"], ["--dtype", "int8"], ["--suite", "slow"]])
-def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit:
-        run.main(arguments)
-    assert exit.value.code == 2 and "usage" in capsys.readouterr().err

@@ -1,9 +1,11 @@
-"""Every code block of README.md runs."""
+"""Every code block of README.md runs, and its measurements are the newest ones that are kept."""
 
 import re
 from pathlib import Path
 
 import pytest
+
+from fastformer.benchmarks import readme_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,3 +35,7 @@ def test_every_target_named_for_development_exists() -> None:
     (line,) = re.findall(r"^`make (build [^`]*)`", README, re.MULTILINE)
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in line.split())
+
+
+def test_measurements_are_the_newest_that_are_kept() -> None:
+    assert readme_table.outdated(ROOT) == [], "make readme-table"

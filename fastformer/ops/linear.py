@@ -16,7 +16,9 @@ _FORMS = ("linear", "linear_few_rows")
 FEW_ROWS = 32
 #: Weights of fewer elements are torch's whatever the input: to see that at once takes a fourth of the time.
 _SMALL = {
-    dtype: min(row.least[0] for (operation, of), row in backends.FASTER.items() if operation in _FORMS and of == dtype)
+    dtype: min(
+        min(row.least) for (operation, of), row in backends.FASTER.items() if operation in _FORMS and of == dtype
+    )
     for dtype in backends.KERNEL_DTYPES
     if ("linear_few_rows", dtype) in backends.FASTER
 }
