@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_cli import error_of
 
 from fastformer import cli
-from fastformer.models import checkpoint, data, runs
+from fastformer.models import Seq2Seq, checkpoint, commands, data, runs, training
 from fastformer.models.log import read_log
+from fastformer.models.tokenizer import Tokenizer
 
 SMALL = ["--context-length", "32", "--num-layers", "1", "--num-heads", "2", "--d-model", "32", "--vocab-size", "300"]
+DEVICE = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 FILES = ["log.csv", "loss.png", "model.safetensors", "tokenizer.json"]
 
 
@@ -127,8 +132,35 @@ def test_resume_goes_on(text_file: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "add --resume" in error_of([*start, "--steps", "9"], capsys)
     assert "--d-model can't be given with --resume" in error_of([*start, "--resume", "--d-model", "64"], capsys)
     assert "--model is bert, must be gpt" in error_of([*start, "--resume", "--model", "bert"], capsys)
-    assert "text is not the one" in error_of(["train", "--out", str(folder), "--resume"], capsys)
+    assert "text or pairs are not those" in error_of(["train", "--out", str(folder), "--resume"], capsys)
     assert checkpoint.load(folder / "model.safetensors").training["steps_done"] == 5
+
+
+def test_resume_reads_the_checkpoint_once(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["train", "--text", str(text_file), "--out", str(tmp_path)]
+    assert cli.main([*start, *SMALL, "--steps", "1"]) == 0
+    load, seen = checkpoint.load, []
+    monkeypatch.setattr(checkpoint, "load", lambda path, **options: (seen.append(path), load(path, **options))[1])
+    assert cli.main([*start, "--resume", "--steps", "2"]) == 0
+    assert seen == [tmp_path / "model.safetensors"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a run"
+
+    def interrupt(trainer: training.Trainer, path: Path, limits: training.Limits, **options: object) -> float:
+        checkpoint.save(path, trainer.checkpoint())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    source = ["--pairs", str(pairs_file), "--minutes", "0.5", "--save-every", "7"]
+    assert cli.main(["train", "--model", "seq2seq", *source, "--out", str(folder), *SMALL]) == 130
+    words = ["fastformer", "train", "--resume", "--out", str(folder), *source, "--device", str(DEVICE)]
+    assert shlex.split(capsys.readouterr().err.splitlines()[-1]) == words
 
 
 def test_train_refuses_wrong_input(
@@ -164,6 +196,8 @@ def test_train_refuses_wrong_input(
         ("--dropout", "2"),
         ("--steps", "0"),
         ("--save-every", "0"),
+        ("--seed", "99999999999999999999999"),
+        ("--seed", "-1"),
     ):
         line = error_of([*new, "--text", str(text_file), *SMALL, option, value], capsys)
         assert option.removeprefix("--").replace("-", "_") in line.replace("-", "_")
@@ -186,6 +220,68 @@ def test_generate_refuses_wrong_input(
         generate(gpt, "--prompt", "x", *beams, "2", "--top-k", "3"), capsys
     )
     assert "context_length, 32" in error_of(generate(trained["seq2seq"], "--prompt", "x" * 99), capsys)
+    assert "seed is 99999999999999999999999, must be" in error_of(
+        generate(gpt, "--prompt", "x", "--seed", "99999999999999999999999"), capsys
+    )
+    for option, value in (("--top-k", "3"), ("--top-p", "0.5"), ("--seed", "1")):
+        line = error_of(generate(gpt, "--prompt", "x", "--temperature", "0", option, value), capsys)
+        assert f"{option} can't be given with --temperature 0" in line
+
+
+def test_a_seq2seq_draws_where_that_is_asked_for(
+    trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def stream(model: Seq2Seq, source: torch.Tensor, max_new_tokens: int, **options: Any) -> Iterator[torch.Tensor]:
+        seen.append((options["temperature"], options["generator"] is not None))
+        return iter(())
+
+    monkeypatch.setattr(Seq2Seq, "stream", stream)
+    for options in ([], ["--top-k", "3"], ["--top-p", "0.5"], ["--seed", "1"], ["--seed", "1", "--temperature", "2"]):
+        assert cli.main(generate(trained["seq2seq"], "--prompt", "number 7", *options)) == 0
+    assert seen == [(0.0, False), (1.0, True), (1.0, True), (1.0, True), (2.0, True)]
+
+
+# Streamed text
+
+
+class Counting:
+    """A tokenizer that notes how many tokens it decodes at once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.counts: list[int] = []
+
+    def decode(self, tokens: torch.Tensor, **options: bool) -> str:
+        self.counts.append(len(tokens))
+        return self.tokenizer.decode(tokens, **options)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+def test_pieces_of_any_tokens_are_their_text(kind: str, trained: dict[str, Path]) -> None:
+    """Bytes in any order, spaces, and special tokens within, which stand for no text."""
+    tokenizer = Tokenizer.load(trained[kind] / "tokenizer.json")
+    generator = torch.Generator().manual_seed(0)
+    some = torch.cat((torch.arange(6), tokenizer.encode("  数学 naïve é\U0001f600  a b")))
+    for length in [*range(8), *range(8, 60, 4)]:
+        for source in (some, torch.arange(tokenizer.vocab_size)):
+            tokens = source[torch.randint(len(source), (length,), generator=generator)]
+            prompt = tokens[: length // 4]
+            pieces = list(commands._texts(tokenizer, (x[None] for x in tokens[length // 4 :]), prompt))
+            assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_streamed_text_comes_at_once_and_decodes_a_few_tokens(trained: dict[str, Path]) -> None:
+    tokenizer = Tokenizer.load(trained["gpt"] / "tokenizer.json")
+    text = "the value 数 of é words " * 20
+    tokens, counting = tokenizer.encode(text), Counting(tokenizer)
+    pieces = commands._texts(counting, (x[None] for x in tokens), tokenizer.encode("naïve"))
+    assert next(pieces) == "naïve"  # before the first new token
+    counting.counts.clear()
+    assert next(pieces) == tokenizer.decode(tokens[:1])
+    assert "".join(pieces) == text[len(tokenizer.decode(tokens[:1])) :]
+    assert len(tokens) > 200 and max(counting.counts) < 16
 
 
 def test_without_matplotlib_training_says_that_there_is_no_picture(
@@ -246,7 +342,8 @@ def test_killed_and_interrupted_runs_go_on(text_file: Path, tmp_path: Path, caps
     interrupted.send_signal(signal.SIGINT)
     _, errors = interrupted.communicate()
     assert interrupted.returncode == 130
-    assert f"To go on:\n  fastformer train --resume --out {folder} --text {text_file}" in errors
+    command = f"fastformer train --resume --out {folder} --text {text_file} --save-every 4 --device {DEVICE}"
+    assert f"To go on:\n  {command}\n" in errors
     assert sorted(file.name for file in folder.iterdir()) == FILES
     state = checkpoint.load(folder / "model.safetensors")
     rows = read_log(folder / "log.csv")

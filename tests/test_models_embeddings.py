@@ -45,6 +45,35 @@ def test_loads_into_a_model_in_its_dtype(tmp_path: Path) -> None:
     assert torch.equal(model.unembedding_weight, model.token_embedding.weight)
 
 
+def test_byte_order_mark_and_more_spaces_belong_to_no_word(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_bytes("\ufeffcat  1 2 3\nNew York   4 5 6\n".encode())
+    embedding = nn.Embedding(5, 3)
+    assert load_embeddings(path, VOCABULARY, embedding).found == ["cat", "New York"]
+    assert embedding.weight[[1, 3]].tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    path.write_bytes("\ufeff1 3\ndog 7 8 9\n".encode())
+    assert load_embeddings(path, VOCABULARY, embedding).found == ["dog"]
+
+
+def test_double_embedding_gets_every_digit(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_text("cat 0.1 1e300\n")
+    embedding = nn.Embedding(2, 2, dtype=torch.float64)
+    load_embeddings(path, {"cat": 1}, embedding)
+    assert embedding.weight[1].tolist() == [0.1, 1e300]
+
+
+@pytest.mark.parametrize(("dtype", "number"), [(torch.float32, "1e300"), (torch.float16, "70000")])
+def test_refuses_numbers_that_the_dtype_lacks(dtype: torch.dtype, number: str, tmp_path: Path) -> None:
+    path = tmp_path / "vectors.txt"
+    path.write_text(f"cat 1 2 3\ndog 1 {number} 3\n")
+    embedding = nn.Embedding(5, 3, dtype=dtype)
+    before = embedding.weight.detach().clone()
+    with pytest.raises(ValueError, match=rf"line 2: the vector has a number that is not finite in {dtype}"):
+        load_embeddings(path, VOCABULARY, embedding)
+    assert torch.equal(embedding.weight, before)
+
+
 def test_width_of_one_has_no_header(tmp_path: Path) -> None:
     path = tmp_path / "vectors.txt"
     path.write_text("7 1\n8 2\n")

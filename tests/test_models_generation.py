@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastformer.models import GPT, GPTConfig, Hypothesis, PagedKVCache, Seq2Seq, Seq2SeqConfig
+from fastformer.models import GPT, GPTConfig, Hypothesis, Seq2Seq, Seq2SeqConfig
 
 SIZES = {"vocab_size": 23, "context_length": 24, "num_layers": 2, "num_heads": 4, "d_model": 32}
 LLAMA = {"positions": "rotary", "norm": "rms_norm", "activation": "swiglu", "num_kv_heads": 2, "bias": False}
@@ -320,50 +319,3 @@ def test_beams_of_both_caches_agree(gpt: GPT, seq2seq: Seq2Seq) -> None:
             assert_equal([x.tokens for x in a], [x.tokens for x in b])
             assert [x.score for x in a] == pytest.approx([x.score for x in b], rel=1e-4)
             assert isinstance(a[0], Hypothesis)
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "problem"),
-    [
-        (lambda m, p: m.generate([], 3), ValueError, r"tokens is \[\], must have at least one"),
-        (lambda m, p: m.generate([[1, 2]], 3), TypeError, r"tokens\[0\] is a list, must be a Tensor"),
-        (lambda m, p: m.generate([p, p.float()], 3), TypeError, r"tokens\[1\] has dtype torch.float32, must be int64"),
-        (lambda m, p: m.generate([p[:0]], 3), ValueError, r"tokens\[0\] has shape \(0,\), must be \[S\] with at least"),
-        (lambda m, p: m.generate([p], 3.0), TypeError, "max_new_tokens is a float, must be an int"),
-        (lambda m, p: m.generate([p], 3, end_token=23), ValueError, "end_token is 23, must be at most 22"),
-        (lambda m, p: m.stream([p], 3, top_p=2.0), ValueError, "top_p is 2.0, must"),
-        (lambda m, p: m.beam_search([p], 3, num_beams=0), ValueError, "num_beams is 0, must be at least 1"),
-        (lambda m, p: m.beam_search([p], 0), ValueError, "max_new_tokens is 0, must be at least 1"),
-        (lambda m, p: m.beam_search([p], 21), ValueError, "max_new_tokens is 21, must be less: .* 25 tokens, .* 24"),
-        (lambda m, p: m.beam_search([p], 3, length_penalty=math.nan), ValueError, "length_penalty is nan, must be"),
-        (lambda m, p: m.new_cache(1, room=25), ValueError, "room is 25, must be from 1 to context_length, 24"),
-        (lambda m, p: m(p[None].expand(2, -1), cache=m.new_cache(1)), ValueError, "tokens has 2 rows, must have 1"),
-        (lambda m, p: m(p[None], cache=m.new_cache(1, 3)), ValueError, "tokens end at position 4, must be at most"),
-        (
-            lambda m, p: m(p[None], cache=m.new_paged_cache(1)),
-            ValueError,
-            r"tokens has shape .*, must be \(1, 1\)",
-        ),
-        (lambda m, p: m.new_paged_cache(1, page_size=24), ValueError, "page_size is 24, must be a power of two"),
-        (lambda m, p: m.new_paged_cache(2).reserve([1]), ValueError, r"counts is \[1\], must have 2 counts"),
-    ],
-)
-def test_refuses(call: object, error: type[Exception], problem: str) -> None:
-    with pytest.raises(error, match=problem):
-        call(GPT(GPTConfig(**SIZES)), torch.tensor([1, 2, 3, 4]))
-
-
-def test_refuses_more_than_the_pool_has() -> None:
-    gpt = GPT(GPTConfig(**SIZES))
-    cache = gpt.new_paged_cache(2, num_pages=1)
-    assert isinstance(cache, PagedKVCache)
-    with pytest.raises(ValueError, match="num_pages is 1, must be more"):
-        gpt(cache.pack(torch.zeros(2, 3, dtype=torch.int64)), cache=cache)
-
-
-def test_seq2seq_refuses_targets_beyond_the_context(seq2seq: Seq2Seq) -> None:
-    with pytest.raises(ValueError, match="max_new_tokens is 25, must be at most 24"):
-        seq2seq.generate(torch.ones(1, 3, dtype=torch.int64), 25)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +14,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import safetensors.torch
 import transformers
+from pretrained_support import BERT_SIZES, BERTS, CAUSAL, SCALED, assert_close, bert, edit, randomised
 
-from fastformer.models import BERT, GPT, BERTConfig, GPTConfig, RotaryScaling
+from fastformer.models import BERT, GPT, RotaryScaling
 from fastformer.models.layouts import layout_to_write
-
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-TOLERANCE = 2e-5  # of the largest value
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
-GPT2 = {"vocab_size": 61, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
-GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
-LLAMA = {**SIZES, "vocab_size": 61, "intermediate_size": 48, "num_key_value_heads": 2}
-BERT_SIZES = {**SIZES, "vocab_size": 61, "intermediate_size": 48}
-SCALED = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-CAUSAL = {
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
-    "gpt2 untied, relu": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**GPT2, tie_word_embeddings=False, activation_function="relu", n_inner=40)
-    ),
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)),
-    "llama scaled, tied": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**LLAMA, rope_parameters=SCALED, tie_word_embeddings=True)
-    ),
-}
-BERTS = {
-    "pretraining": transformers.BertForPreTraining,
-    "masked": transformers.BertForMaskedLM,
-    "classes": transformers.BertForSequenceClassification,
-    "base": transformers.BertModel,
-}
-
-
-def randomised(theirs: torch.nn.Module) -> torch.nn.Module:
-    """Weights larger than transformers' first ones, so that every part has a say, in evaluation mode."""
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    theirs.set_attn_implementation("eager")
-    return theirs.eval()
-
-
-def bert(name: str, **options: Any) -> torch.nn.Module:
-    return randomised(BERTS[name](transformers.BertConfig(**BERT_SIZES, num_labels=3, **options)))
-
-
-def assert_close(ours: Tensor, theirs: Tensor, what: str, *, scale: float | None = None) -> None:
-    largest = theirs.abs().max().item() if scale is None else scale
-    difference = (ours - theirs).abs().max().item()
-    assert difference <= TOLERANCE * largest, f"{what} differs by {difference:.2e}, the largest value is {largest:.2e}"
 
 
 def assert_same_gradients(ours: GPT | BERT, theirs: torch.nn.Module) -> None:
@@ -195,9 +140,13 @@ def test_checkpoint_in_several_files(tokens: Tensor, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ours = GPT.from_pretrained(tmp_path)
     assert_close(ours(tokens), theirs(tokens).logits, "logits")
+    (tmp_path / "model-of-mine.safetensors").touch()
     ours.save_pretrained(tmp_path)  # over it: the index would lead to the old files
+    assert {x.name for x in tmp_path.glob("model*")} == {"model.safetensors", "model-of-mine.safetensors"}
+    assert torch.equal(GPT.from_pretrained(tmp_path)(tokens), ours(tokens))
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    ours.save_pretrained(tmp_path)
     assert not (tmp_path / "model.safetensors.index.json").exists()
-    next(tmp_path.glob("model-*")).unlink()
     theirs.save_pretrained(tmp_path / "other", max_shard_size="20KB")
     lost = next((tmp_path / "other").glob("model-*"))
     lost.unlink()
@@ -237,140 +186,71 @@ def test_dtype(dtype: torch.dtype | None, tokens: Tensor, tmp_path: Path) -> Non
     assert ours.rotary.cos[0, 0] == 1.0
 
 
-# What is refused
+# What a model keeps of its checkpoint, and how it is saved
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
-    change(settings)
-    path.write_text(json.dumps(settings))
+def settings_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stored")
-    torch.manual_seed(0)
-    CAUSAL["gpt2"]().save_pretrained(folder / "gpt2")
-    CAUSAL["llama"]().save_pretrained(folder / "llama")
-    bert("masked").save_pretrained(folder / "bert")
-    return folder
+def test_saves_the_special_tokens_that_were_read(tmp_path: Path) -> None:
+    CAUSAL["gpt2"]().save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs", lambda settings: settings.update(pad_token_id=0))
+    GPT.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (back.bos_token_id, back.eos_token_id, back.pad_token_id) == (1, 2, 0)
+    new = GPT(GPT.from_pretrained(tmp_path / "theirs").config)
+    new.save_pretrained(tmp_path / "new")
+    assert settings_of(tmp_path / "new")["eos_token_id"] is None
 
 
-def copy_of(folder: Path, to: Path) -> Path:
-    to.mkdir()
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to
+def test_saves_the_labels_that_were_read(tmp_path: Path) -> None:
+    labels = {0: "good", 1: "bad", 2: "so so"}
+    theirs = bert("classes", id2label=labels, label2id={name: i for i, name in labels.items()})
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = BERT.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert back.id2label == labels
+    assert back.label2id == theirs.config.label2id
+    BERT(ours.config).save_pretrained(tmp_path / "new")
+    assert settings_of(tmp_path / "new")["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
 
 
-@pytest.mark.parametrize(
-    ("family", "key", "value"),
-    [
-        ("gpt2", "model_type", "t5"),
-        ("gpt2", "is_causal", False),
-        ("gpt2", "scale_attn_weights", False),
-        ("gpt2", "scale_attn_by_inverse_layer_idx", True),
-        ("gpt2", "add_cross_attention", True),
-        ("gpt2", "activation_function", "quick_gelu"),
-        ("gpt2", "quantization_config", {"bits": 4}),
-        ("gpt2", "resid_pdrop", 2.0),
-        ("llama", "attention_bias", True),
-        ("llama", "mlp_bias", True),
-        ("llama", "head_dim", 16),
-        ("llama", "hidden_act", "relu"),
-        ("llama", "partial_rotary_factor", 0.5),
-        ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
-        ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
-        ("bert", "model_type", "roberta"),
-        ("bert", "is_decoder", True),
-        ("bert", "tie_word_embeddings", False),
-        ("bert", "position_embedding_type", "relative_key"),
-        ("bert", "problem_type", "regression"),
-        ("bert", "vocab_size", "many"),
-    ],
-)
-def test_refuses_a_config(family: str, key: str, value: object, stored: Path, tmp_path: Path) -> None:
-    folder = copy_of(stored / family, tmp_path / "copy")
-    edit(folder, lambda settings: settings.update({key: value}))
-    wanted = {"rope_parameters": "rope_type|lacks factor", "resid_pdrop": "dropout"}.get(key, key)
-    with pytest.raises(ValueError, match=rf"copy: .*({wanted})"):
-        (BERT if family == "bert" else GPT).from_pretrained(folder)
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    CAUSAL["gpt2"]().save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    ours = GPT.from_pretrained(tmp_path)
+    torch.nn.init.zeros_(ours.norm.weight)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    for broken in ("safetensors.torch.save_file", "json.dumps"):
+        with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+            patched.setattr(broken, full)
+            ours.save_pretrained(tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_refuses_another_kind_of_model(stored: Path) -> None:
-    with pytest.raises(ValueError, match="model_type is 'bert', must be 'gpt2' or 'llama'"):
-        GPT.from_pretrained(stored / "bert")
-    with pytest.raises(ValueError, match="model_type is 'llama', must be 'bert'"):
-        BERT.from_pretrained(stored / "llama")
+# The next-sentence head
 
 
-def reshape(tensors: dict[str, Tensor]) -> None:
-    tensors["model.norm.weight"] = torch.ones(31)
-
-
-def untie(tensors: dict[str, Tensor]) -> None:
-    tensors["transformer.h.0.ln_1.weight"].add_(1)
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
-
-
-@pytest.mark.parametrize(
-    ("family", "change", "problem"),
-    [
-        ("llama", lambda x: x.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
-        ("llama", lambda x: x.update(extra=torch.ones(1)), "has the tensor extra, for which"),
-        ("llama", reshape, r"tensor model.norm.weight has shape \(31,\), must be \(32,\)"),
-        ("llama", lambda x: x.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "has a tensor of I8"),
-        ("llama", lambda x: x.update({"model.norm.weight": torch.ones(32).half()}), "dtype is None, must be given"),
-        ("gpt2", untie, "lm_head.weight differs from the one that it is tied to"),
-        ("bert", lambda x: x.pop("bert.encoder.layer.1.output.dense.bias"), "lacks the tensor bert.encoder.layer.1"),
-    ],
-)
-def test_refuses_tensors(
-    family: str, change: Callable[[dict[str, Tensor]], object], problem: str, stored: Path, tmp_path: Path
-) -> None:
-    folder = copy_of(stored / family, tmp_path / "copy")
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    change(tensors)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=problem):
-        (BERT if family == "bert" else GPT).from_pretrained(folder)
-
-
-def test_refuses_missing_and_damaged_files(stored: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
-        GPT.from_pretrained(tmp_path)
-    folder = copy_of(stored / "gpt2", tmp_path / "copy")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
-        GPT.from_pretrained(folder)
-    weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
-        GPT.from_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
-    with pytest.raises(ValueError, match="must be one in the same folder"):
-        GPT.from_pretrained(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
-        GPT.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "problem"),
-    [
-        (GPTConfig(61, positions="sinusoidal"), "positions is 'sinusoidal', must be 'learned' for gpt2"),
-        (GPTConfig(61, num_kv_heads=2), "kv_heads is 2, must be 6 for gpt2"),
-        (GPTConfig(61, positions="rotary", norm="rms_norm"), "bias is True, must be False for llama"),
-        (BERTConfig(61, norm_first=True), "norm_first is True, must be False for bert"),
-        (BERTConfig(61, tied_unembedding=False), "tied_unembedding is False, must be True for bert"),
-        (BERTConfig(61, num_segments=0), "num_segments is 0"),
-        (BERTConfig(61, dropout=0.1), "embedding_dropout is 0.0, must be dropout, 0.1"),
-    ],
-)
-def test_refuses_to_save_what_the_layout_lacks(config: GPTConfig | BERTConfig, problem: str, tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = (BERT if isinstance(config, BERTConfig) else GPT)(config)
-    with pytest.raises(ValueError, match=problem):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_next_sentence_head_alone(tokens: Tensor, tmp_path: Path) -> None:
+    theirs = randomised(transformers.BertForNextSentencePrediction(transformers.BertConfig(**BERT_SIZES)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = BERT.from_pretrained(tmp_path / "theirs")
+    lengths, segments, follows = torch.tensor([20, 7, 2]), torch.randint(2, tokens.shape), torch.tensor([0, 1, 1])
+    mask = (torch.arange(20) < lengths[:, None]).long()
+    expected = theirs(tokens, attention_mask=mask, token_type_ids=segments, labels=follows)
+    options = {"tokens_lengths": lengths, "segments": segments}
+    assert_close(ours.classify_next_sentence(tokens, **options), expected.logits, "logits")
+    loss = ours.classify_next_sentence(tokens, follows, **options)
+    assert_close(loss, expected.loss, "loss")
+    loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(ours, theirs)
+    ours.save_pretrained(tmp_path / "ours")
+    assert settings_of(tmp_path / "ours")["architectures"] == ["BertForNextSentencePrediction"]
+    back = transformers.BertForNextSentencePrediction.from_pretrained(tmp_path / "ours").eval()
+    assert_close(back(tokens).logits, theirs(tokens).logits, "logits of what was saved")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +116,43 @@ def test_load_says_which_kind_it_is(tokenizer: Tokenizer, wordpiece: Tokenizer, 
         assert loaded.kind == kind
         assert loaded.special_tokens == saved.special_tokens
         assert torch.equal(loaded.encode(text), saved.encode(text))
+
+
+def test_load_drops_truncation_and_padding(tokenizer: Tokenizer, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 16},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "!",
+    }
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    loaded = Tokenizer.load(path)
+    assert [x.tolist() for x in loaded.encode_all(["a", text])] == [tokenizer.encode(x).tolist() for x in ("a", text)]
+
+
+def test_encodings_that_overlap_do_not_mix(wordpiece: Tokenizer) -> None:
+    """One takes special tokens for plain text while another, as of a second thread, doesn't."""
+    written = "what the [MASK] hides"
+
+    def texts() -> Iterator[str]:
+        assert 4 in wordpiece.encode(written, special_tokens=True)
+        yield written
+
+    (found,) = wordpiece.encode_all(texts())
+    assert 4 not in found
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_encode_alike(wordpiece: Tokenizer, copied: Callable[[Tokenizer], Tokenizer]) -> None:
+    for special in (False, True):
+        tokens = copied(wordpiece).encode("the [MASK]", special_tokens=special)
+        assert torch.equal(tokens, wordpiece.encode("the [MASK]", special_tokens=special))
 
 
 def test_tokenizers_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -93,10 +93,21 @@ def test_minutes_count_from_the_first_start(tokenizer: Tokenizer, text: str, tmp
         training.train(again, path, limits)
 
 
-@pytest.mark.parametrize("limits", [{}, {"steps": 0}, {"minutes": -1.0}, {"minutes": math.nan}])
-def test_limits_are_refused(limits: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=f"^{next(iter(limits), 'steps')} .*, (must be positive|one must be given)"):
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"steps": 0}, {"steps": 2.5}, {"steps": True}, {"minutes": -1.0}, {"minutes": math.nan}, {"minutes": "1"}],
+)
+def test_limits_are_refused(limits: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(limits), 'steps')} .*, (must be |one must be given)"):
         training.Limits(**limits)
+
+
+@pytest.mark.parametrize("save_every", [0, 1.5, True])
+def test_save_every_is_checked(save_every: object, tokenizer: Tokenizer, text: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tokenizer, text)
+    with pytest.raises(ValueError, match=r"^save_every is .*, must be an integer of at least 1"):
+        training.train(trainer, tmp_path / "model.safetensors", training.Limits(steps=1), save_every=save_every)
+    assert trainer.steps_done == 0
 
 
 def test_the_first_limit_ends_training(tokenizer: Tokenizer, text: str) -> None:
@@ -114,6 +125,25 @@ def test_loss_that_is_not_finite_stops_training(tokenizer: Tokenizer, text: str)
         trainer.train_step(0.0)
     assert trainer.steps_done == 0
     assert not torch.isnan(trainer.model.token_embedding.weight).any()
+
+
+class Root(torch.nn.Module):
+    """A loss that is finite at weights of zero, where its gradient is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 1 + self.weight.abs().sqrt().sum()
+
+
+def test_gradient_that_is_not_finite_stops_training() -> None:
+    trainer = training.Trainer(Root(), torch.arange(9), torch.arange(9), 4, training.TrainingConfig())
+    with pytest.raises(ValueError, match=r"^learning_rate is 0.001, must be lower: the gradient's norm became nan"):
+        trainer.train_step(0.0)
+    assert trainer.steps_done == 0
+    assert trainer.model.weight.tolist() == [0, 0, 0]
 
 
 # Options of a step
@@ -186,17 +216,35 @@ def test_gradients_are_clipped(tokenizer: Tokenizer, text: str) -> None:
     ("name", "value"),
     [
         ("batch_size", 0),
+        ("batch_size", 2.5),
+        ("batch_size", "2"),
         ("accumulate", 0),
+        ("accumulate", True),
         ("learning_rate", math.inf),
+        ("learning_rate", None),
         ("max_grad_norm", 0.0),
+        ("max_grad_norm", "1"),
         ("warmup_steps", -1),
+        ("warmup_steps", 1.5),
         ("weight_decay", -0.1),
+        ("weight_decay", math.inf),
+        ("weight_decay", None),
         ("precision", "fp16"),
+        ("precision", ["fp32"]),
+        ("checkpoint_activations", "no"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 1.0),
     ],
 )
 def test_training_config_is_checked(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{name} is .*, must be "):
         training.TrainingConfig(**{name: value})
+
+
+def test_the_largest_seed_is_taken() -> None:
+    trainer = training.Trainer(Root(), torch.arange(9), torch.arange(9), 4, training.TrainingConfig(seed=2**63 - 1))
+    assert trainer.generator.initial_seed() == 2**63 - 1
 
 
 def test_only_stacks_of_blocks_checkpoint_activations() -> None:

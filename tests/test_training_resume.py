@@ -1,7 +1,8 @@
-"""Runs that end early: checkpoints, exact resume, Ctrl-C, kills at the worst moment, the log."""
+"""Runs that end early: checkpoints, exact resume, Ctrl-C, divergence, kills at the worst moment."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -15,7 +16,7 @@ import safetensors.torch
 import torch
 
 from fastformer.models import BERTConfig, GPTConfig, Seq2SeqConfig, checkpoint, data, runs, training
-from fastformer.models.log import LOG_FILE, PICTURE_FILE, Log, Row, draw_losses, read_log
+from fastformer.models.log import LOG_FILE, Log, read_log
 
 SIZES = {"num_layers": 2, "num_heads": 2, "d_model": 32, "context_length": 48}
 OPTIONS = {**SIZES, "vocab_size": 400, "learning_rate": 3e-3, "warmup_steps": 5, "batch_size": 4}
@@ -36,6 +37,11 @@ def new_trainer(kind: str, materials: dict[str, runs.Material], folder: Path, **
     trainer, tokenizer = runs.new_run(kind, materials[kind], {**OPTIONS, **options})
     tokenizer.save(folder / checkpoint.TOKENIZER_FILE)
     return trainer
+
+
+def resumed(folder: Path, material: runs.Material) -> training.Trainer:
+    """The run whose checkpoint is in the folder."""
+    return runs.resumed_run(*checkpoint.load_folder(folder, with_training=True), material)
 
 
 def assert_equal_runs(ours: training.Trainer, theirs: training.Trainer) -> None:
@@ -87,7 +93,7 @@ def test_an_interrupted_run_goes_on_as_an_unbroken_one(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     torch.manual_seed(77)
-    trainer, _ = runs.resumed_run(tmp_path, materials[kind])
+    trainer = resumed(tmp_path, materials[kind])
     assert trainer.steps_done == 5
     held_out = training.train(trainer, path, limits, save_every=3, log=Log(tmp_path / LOG_FILE, 5))
     assert held_out == unbroken.held_out_loss()
@@ -125,10 +131,115 @@ def test_dropout_leaves_torchs_random_state_alone(materials: dict[str, runs.Mate
     assert losses[0] == losses[1]
 
 
-def test_restore_refuses_another_text(saved: Path, materials: dict[str, runs.Material]) -> None:
-    text, held_out = materials["gpt"]
-    with pytest.raises(ValueError, match=r"^text is not the one"):
-        runs.resumed_run(saved.parent, (text[:-5000], held_out))
+@pytest.mark.parametrize(("part", "name"), [(0, "training"), (1, "held-out")])
+@pytest.mark.parametrize("kind", ["gpt", "seq2seq"])
+def test_restore_refuses_other_data(
+    kind: str, part: int, name: str, materials: dict[str, runs.Material], tmp_path: Path
+) -> None:
+    trainer = new_trainer(kind, materials, tmp_path)
+    checkpoint.save(tmp_path / checkpoint.MODEL_FILE, trainer.checkpoint())
+    others = list(materials[kind])
+    others[part] = others[part][: -len(others[part]) // 5]
+    with pytest.raises(ValueError, match=rf"^text or pairs are not those .*: the {name} part is another$"):
+        resumed(tmp_path, tuple(others))
+    resumed(tmp_path, materials[kind])
+
+
+def test_parameters_without_a_gradient_have_no_state_to_resume(
+    materials: dict[str, runs.Material], tmp_path: Path
+) -> None:
+    trainer = new_trainer("bert", materials, tmp_path, pooler=True)  # whose output no loss depends on
+    trainer.model.embedding_norm.weight.requires_grad_(False)
+    trainer.train_step(0.0)
+    checkpoint.save(tmp_path / checkpoint.MODEL_FILE, trainer.checkpoint())
+    again = resumed(tmp_path, materials["bert"])
+    assert_equal_runs(again, trainer)
+    assert len(again.optimizer.state) == len(list(again.model.parameters())) - 3
+    again.model.embedding_norm.weight.requires_grad_(False)
+    assert again.train_step(0.1) == trainer.train_step(0.1)
+    assert_equal_runs(again, trainer)
+
+
+def test_restore_refuses_incomplete_optimizer_state(saved: Path, materials: dict[str, runs.Material]) -> None:
+    trainer = resumed(saved.parent, materials["gpt"])
+    state = checkpoint.load(saved, with_training=True)
+    name = "optimizer.norm.weight.exp_avg"
+    state.training_tensors[name] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"^checkpoint has optimizer state of another shape than norm\.weight"):
+        trainer.restore(state)
+    del state.training_tensors[name]
+    with pytest.raises(ValueError, match=rf"^checkpoint lacks '{name}'"):
+        trainer.restore(state)
+    state.training["optimizer"] = ["norm.scale"]
+    with pytest.raises(ValueError, match=r"^checkpoint has optimizer state of norm\.scale, which the model lacks"):
+        trainer.restore(state)
+    assert trainer.optimizer.state[trainer.model.norm.weight]["exp_avg"].shape == trainer.model.norm.weight.shape
+
+
+def test_what_was_loaded_outlives_the_file(saved: Path, materials: dict[str, runs.Material]) -> None:
+    state = checkpoint.load(saved, with_training=True)
+    first, second = (resumed(saved.parent, materials["gpt"]) for _ in range(2))
+    second.restore(state)
+    with saved.open("r+b") as file:  # in place: a mapping of the file would see it
+        file.write(bytes(saved.stat().st_size))
+    assert state.weights["norm.weight"].abs().sum() > 0
+    assert_equal_runs(first, second)
+    first.train_step(0.0)
+    second.train_step(0.0)
+    assert_equal_runs(first, second)
+    assert not torch.equal(  # a copy: training changes no checkpoint
+        state.training_tensors["optimizer.norm.weight.exp_avg"],
+        second.optimizer.state[second.model.norm.weight]["exp_avg"],
+    )
+
+
+# Runs that diverge
+
+
+@pytest.mark.parametrize("moment", ["measured", "interrupted"])
+def test_a_diverging_run_keeps_the_last_good_checkpoint(
+    moment: str, materials: dict[str, runs.Material], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, path = new_trainer("gpt", materials, tmp_path), tmp_path / checkpoint.MODEL_FILE
+    training.train(trainer, path, training.Limits(steps=2))
+    before = path.read_bytes()
+    trainer.config = dataclasses.replace(trainer.config, learning_rate=1e30, warmup_steps=0)
+    step = trainer.train_step
+
+    def interrupted_step(fraction: float) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(fraction)
+
+    if moment == "interrupted":
+        monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    kept = f"{path} keeps the last good checkpoint"
+    problem = rf"^learning_rate is 1e\+30, must be lower: the held-out loss became nan; {kept}$"
+    limits, save_every = training.Limits(steps=4), {"measured": 1, "interrupted": 1000}[moment]
+    with pytest.raises(ValueError, match=problem):
+        training.train(trainer, path, limits, save_every=save_every)
+    assert trainer.steps_done == 3
+    assert path.read_bytes() == before
+    assert resumed(tmp_path, materials["gpt"]).steps_done == 2
+
+
+def test_a_diverging_run_that_saved_nothing_says_so(materials: dict[str, runs.Material], tmp_path: Path) -> None:
+    trainer = new_trainer("gpt", materials, tmp_path, learning_rate=1e30, warmup_steps=0)
+    path = tmp_path / checkpoint.MODEL_FILE
+    with pytest.raises(ValueError, match=r"^learning_rate is .*: the loss became nan; nothing was saved$"):
+        training.train(trainer, path, training.Limits(steps=3))
+    assert not path.exists()
+
+
+def test_weights_that_no_loss_depends_on_must_be_finite_too(
+    materials: dict[str, runs.Material], tmp_path: Path
+) -> None:
+    trainer = new_trainer("bert", materials, tmp_path, pooler=True)
+    with torch.no_grad():
+        trainer.model.pooler.weight[0, 0] = math.inf
+    path = tmp_path / checkpoint.MODEL_FILE
+    with pytest.raises(ValueError, match=r": pooler\.weight became infinite or NaN; nothing was saved$"):
+        training.train(trainer, path, training.Limits(steps=1))
+    assert not path.exists()
 
 
 def test_weights_alone_are_not_resumed(saved: Path, materials: dict[str, runs.Material]) -> None:
@@ -139,7 +250,7 @@ def test_weights_alone_are_not_resumed(saved: Path, materials: dict[str, runs.Ma
         training.config_of(bare)
     with pytest.raises(ValueError, match=r"^checkpoint lacks the limits"):
         training.limits_of(bare)
-    trainer, _ = runs.resumed_run(saved.parent, materials["gpt"])
+    trainer = resumed(saved.parent, materials["gpt"])
     with pytest.raises(ValueError, match=r"^checkpoint lacks "):
         trainer.restore(checkpoint.load(saved))
 
@@ -251,61 +362,3 @@ def test_the_tokenizer_must_be_the_models(saved: Path, materials: dict[str, runs
     runs.train_tokenizer("gpt", materials["gpt"][0], 300).save(saved.parent / checkpoint.TOKENIZER_FILE)
     with pytest.raises(ValueError, match=f"{saved.parent}: the tokenizer has 300 tokens, the model 400"):
         checkpoint.load_folder(saved.parent)
-
-
-# The log
-
-
-def row(step: int, held_out: float | None = None) -> Row:
-    return Row(step, 5.0 - step / 7, held_out, 1e-3 / 3, step * 0.1)
-
-
-def test_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / LOG_FILE
-    log = Log(path)
-    for step in range(1, 6):
-        log.add(row(step, 4.5 if step == 3 else None))
-    log.flush()
-    log.add(row(6))
-    assert read_log(path) == [row(1), row(2), row(3, 4.5), row(4), row(5)]
-    assert path.read_text().splitlines()[:2] == [
-        "step,loss,held_out_loss,learning_rate,seconds",
-        f"1,{5 - 1 / 7!r},,{1e-3 / 3!r},0.1",
-    ]
-
-    with path.open("a") as file:
-        file.write("6,4.1")  # killed while writing
-    resumed = Log(path, steps_done=3)
-    resumed.add(row(4))
-    resumed.flush()
-    assert read_log(path) == [row(1), row(2), row(3, 4.5), row(4)]
-    Log(path)
-    assert read_log(path) == []
-
-
-@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\n", b""])
-def test_other_files_are_no_logs(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / LOG_FILE
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path}: not a log of training"):
-        Log(path, steps_done=3)
-    assert path.read_bytes() == content
-    path.write_text(",".join(Row._fields) + "\n1,2\n")
-    with pytest.raises(ValueError, match=f"{path}, line 2: not a row"):
-        Log(path)
-
-
-def test_losses_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / PICTURE_FILE
-    draw_losses([row(step, 4.0 if step % 2 else None) for step in range(1, 9)], path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"^matplotlib is not installed: pip install matplotlib"):
-        draw_losses([row(1)], path)
-
-
-def test_no_loss_is_lost_in_the_log(tmp_path: Path) -> None:
-    log = Log(tmp_path / LOG_FILE)
-    log.add(row(1)._replace(loss=math.pi))
-    log.flush()
-    assert read_log(log.path)[0].loss == math.pi

@@ -1,4 +1,4 @@
-"""What all models have: embeddings of tokens and positions, the unembedding, and the checks of what they are given.
+"""What all models have: embeddings of tokens and positions, the unembedding, and padding.
 
 Shapes: B batch, S positions, C width (d_model), G heads of keys and values, D head_dim, V vocabulary.
 """
@@ -6,12 +6,14 @@ Shapes: B batch, S positions, C width (d_model), G heads of keys and values, D h
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastformer import functional as F
 from fastformer import nn
+from fastformer.models.checks import INTEGERS, check_count, check_tensor
 from fastformer.models.config import RotaryScaling, TransformerConfig
 
 
@@ -47,6 +49,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.kept_settings: dict[str, Any] = {}  # of the config.json it was read from, what it doesn't compute with
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = self.rotary = self.unembedding = None
         if config.positions == "rotary":
@@ -116,51 +119,57 @@ class Transformer(nn.Module):
         return F.linear(features, self.unembedding_weight)
 
     def cache_shape(self, batch_size: int, room: int | None) -> tuple[int, int, int, int]:
-        """(B, G, room, D) of a cache; ValueError if there is no such room. None for the whole context."""
+        """(B, G, room, D) of a cache; a room of None is the whole context.
+
+        Raises:
+            TypeError: one is no int.
+            ValueError: one is below 1, or there is no such room.
+        """
         config = self.config
-        if room is not None and not 1 <= room <= config.context_length:
-            raise ValueError(f"room is {room}, must be from 1 to context_length, {config.context_length}")
-        return batch_size, config.kv_heads, room or config.context_length, config.head_dim
-
-
-def check_tokens(name: str, tokens: Tensor, room: int) -> None:
-    """TypeError or ValueError unless tokens are integers [B, S], S at most ``room``."""
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{name} is a {type(tokens).__name__}, must be a Tensor")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} has dtype {tokens.dtype}, must be int64 or int32")
-    if tokens.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(tokens.shape)}, must be [B, S]")
-    if tokens.shape[1] > room:
-        raise ValueError(f"{name} end at position {tokens.shape[1]}, must be at most context_length, {room}")
+        room = config.context_length if room is None else room
+        check_count("batch_size", batch_size, least=1)
+        check_count("room", room, least=1)
+        if room > config.context_length:
+            raise ValueError(f"room is {room}, must be at most context_length, {config.context_length}")
+        return batch_size, config.kv_heads, room, config.head_dim
 
 
 def padding_mask(name: str, tokens: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """bool [B, 1, 1, S], True where there is a token, from one of the two, or None.
 
+    Args:
+        name: of the tokens.
+        tokens: [B, S].
+        lengths: int64 or int32 [B], from 0 to S, which is checked on the CPU alone: a GPU would have to be waited for.
+        mask: bool [B, S].
+
     Raises:
         TypeError: ``lengths`` are not integers, or ``mask`` is not bool.
-        ValueError: both are given, or one is of another shape than [B], or [B, S].
+        ValueError: both are given, one is of another shape or on another device, or a length is out of range.
     """
     if lengths is None and mask is None:
         return None
     if lengths is not None and mask is not None:
         raise ValueError(f"{name}_mask is given with {name}_lengths, must be None")
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{name}_mask has dtype {mask.dtype}, must be bool")
-        if mask.shape != tokens.shape:
-            raise ValueError(f"{name}_mask has shape {tuple(mask.shape)}, must be {tuple(tokens.shape)}")
+        check_tensor(f"{name}_mask", mask, (torch.bool,), tokens.shape, tokens.device)
     else:
-        if lengths.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}_lengths has dtype {lengths.dtype}, must be int64 or int32")
-        if lengths.shape != tokens.shape[:1]:
-            raise ValueError(f"{name}_lengths has shape {tuple(lengths.shape)}, must be {tuple(tokens.shape[:1])}")
+        check_tensor(f"{name}_lengths", lengths, INTEGERS, tokens.shape[:1], tokens.device)
+        if _readable(lengths):
+            found = lengths.tolist()
+            if min(found) < 0 or max(found) > tokens.shape[1]:
+                raise ValueError(f"{name}_lengths is {found}, must be from 0 to {tokens.shape[1]}")
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     return mask[:, None, None]
 
 
 def check_targets(targets: Tensor, tokens: Tensor) -> None:
-    """ValueError unless targets have the shape of tokens."""
-    if targets.shape != tokens.shape:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}, must be {tuple(tokens.shape)} like tokens")
+    """TypeError or ValueError unless targets are int64, of the shape of tokens and on their device."""
+    check_tensor("targets", targets, (torch.int64,), tokens.shape, tokens.device)
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether its values can be read now, at once: not on a GPU, nor while a graph is being made."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(x) is Tensor and x.device.type == "cpu"

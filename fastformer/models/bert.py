@@ -13,7 +13,8 @@ from torch import Tensor
 from fastformer import functional as F
 from fastformer import nn
 from fastformer.models import pretrained
-from fastformer.models.base import Transformer, check_targets, check_tokens, padding_mask
+from fastformer.models.base import Transformer, check_targets, padding_mask
+from fastformer.models.checks import INTEGERS, check_tensor, check_tokens
 from fastformer.models.config import ACTIVATIONS, BERTConfig
 from fastformer.models.layers import Context, Stack, add_norm, make_norm
 from fastformer.ops.feed_forward import ACTIVATIONS as FUNCTIONS
@@ -126,19 +127,38 @@ class BERT(Transformer):
         """Logits of the classification head [B, K]; given targets, int64 [B], their mean cross-entropy.
 
         Raises:
-            TypeError, ValueError: an argument is of the wrong kind or shape, or the model has no such head.
+            TypeError, ValueError: an argument is of the wrong kind or shape, the model has no such head, or targets are
+                given where there is only one class.
         """
         if self.classifier is None:
             raise ValueError("num_classes is None, must be given to classify")
+        if targets is not None and self.config.num_classes == 1:
+            raise ValueError("targets is given, must be None with num_classes 1: there is nothing to choose from")
         features = self.features(tokens, segments=segments, tokens_lengths=tokens_lengths, tokens_mask=tokens_mask)
         config = self.config
         dropout_p = config.dropout if config.classifier_dropout is None else config.classifier_dropout
-        logits = self.classifier(F.dropout(self.pool(features), dropout_p, self.training))
-        if targets is None:
-            return logits
-        if targets.shape != tokens.shape[:1]:
-            raise ValueError(f"targets has shape {tuple(targets.shape)}, must be {tuple(tokens.shape[:1])}")
-        return F.cross_entropy(logits, targets)
+        return _judge(self.classifier(F.dropout(self.pool(features), dropout_p, self.training)), targets)
+
+    def classify_next_sentence(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        tokens_lengths: Tensor | None = None,
+        tokens_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next-sentence head [B, 2]; given targets, int64 [B], their mean cross-entropy.
+
+        The first logit says that the second segment follows the first in its text, the other that it doesn't.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind or shape, or the model has no such head.
+        """
+        if self.next_sentence is None:
+            raise ValueError("next_sentence_head is False, must be True to classify the next sentence")
+        features = self.features(tokens, segments=segments, tokens_lengths=tokens_lengths, tokens_mask=tokens_mask)
+        return _judge(self.next_sentence(self.pool(features)), targets)
 
     def _segments(self, tokens: Tensor, segments: Tensor | None) -> Tensor | None:
         """Their embeddings, [B, S, C] or what broadcasts to it."""
@@ -148,8 +168,7 @@ class BERT(Transformer):
             return None
         if segments is None:
             return self.segment_embedding.weight[0].expand(*tokens.shape, -1)
-        if segments.shape != tokens.shape:
-            raise ValueError(f"segments has shape {tuple(segments.shape)}, must be {tuple(tokens.shape)} like tokens")
+        check_tensor("segments", segments, INTEGERS, tokens.shape, tokens.device)
         return self.segment_embedding(segments)
 
     @classmethod
@@ -164,3 +183,11 @@ class BERT(Transformer):
             ValueError: the configuration has something that their BERT hasn't.
         """
         pretrained.save(self, Path(folder))
+
+
+def _judge(logits: Tensor, targets: Tensor | None) -> Tensor:
+    """Logits [B, K], or given targets, int64 [B], their mean cross-entropy."""
+    if targets is None:
+        return logits
+    check_tensor("targets", targets, (torch.int64,), logits.shape[:1], logits.device)
+    return F.cross_entropy(logits, targets)

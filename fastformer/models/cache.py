@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastformer import functional as F
+from fastformer.models.checks import check_count
 
 #: Keys and values of an encoder's output for one layer, [2, B, G, Sk, D], or packed [2, Tk, G, D].
 Memory = list[Tensor]
@@ -157,7 +158,8 @@ class PagedKVCache:
         num_pages: in the pool; None for enough for all sequences at their longest.
 
     Raises:
-        ValueError: ``page_size`` or ``num_pages`` is not what it must be.
+        TypeError: ``page_size`` or ``num_pages`` is no int.
+        ValueError: one is not what it must be.
     """
 
     def __init__(
@@ -168,13 +170,13 @@ class PagedKVCache:
         page_size: int = PAGE_SIZE,
         num_pages: int | None = None,
     ) -> None:
+        check_count("page_size", page_size, least=1)
         if page_size < 16 or page_size & (page_size - 1):
             raise ValueError(f"page_size is {page_size}, must be a power of two, 16 at least")
         sequences, heads, self.room, width = shape
         self.page_size = page_size
         self.num_pages = pages_needed(sequences, self.room, page_size) if num_pages is None else num_pages
-        if self.num_pages < 1:
-            raise ValueError(f"num_pages is {num_pages}, must be at least 1")
+        check_count("num_pages", self.num_pages, least=1)
         self.pages = [like.new_zeros(2, self.num_pages, page_size, heads, width) for _ in range(layers)]
         self.sequence_lengths = [0] * sequences
         self.memory: Memory = []

@@ -87,7 +87,7 @@ def load(path: Path, *, with_training: bool = False) -> Checkpoint:
         for key, tensor in tensors.items():
             group, _, name = key.partition(".")
             if group == "model" or with_training:
-                groups[group][name] = tensor
+                groups[group][name] = tensor.clone()  # else it would be part of the file, mapped into memory
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a fastformer checkpoint ({error})") from error
     return Checkpoint(config, groups["model"], groups["training"], training)

@@ -6,8 +6,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,41 +38,33 @@ NEW_RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "seed": (int, "of the weights, the order of the data, and dropout"),
 }
 
-SAMPLED_WITH = ("temperature", "top_k", "top_p", "seed")
+DRAWN_WITH = ("top_k", "top_p", "seed")  # above a temperature of 0 alone
 EXACT_PAIRS = 1000  # held-out pairs, at most, whose targets are compared
 FILLED_IN = 5  # candidates that are shown for each [MASK]
 
 
+class Run(NamedTuple):
+    """What ``train`` goes on with, of a run that is new or resumed."""
+
+    kind: str
+    limits: training.Limits
+    material: runs.Material
+    trainer: training.Trainer
+    tokenizer: Tokenizer
+
+
 def train(options: argparse.Namespace) -> int:
-    """Train a model of one kind; 130 if Ctrl-C ended it."""
-    kind = options.model or "gpt"
-    folder = options.out or Path(f"fastformer-{kind}")
-    model_path = folder / MODEL_FILE
+    """Train a model of one kind; 130 if Ctrl-C ended it.
+
+    Raises:
+        OSError: a file can't be read or written.
+        ValueError: an option or a file is not what it must be, or the loss, a gradient or a weight is not finite.
+    """
     if options.save_every < 1:
         raise ValueError(f"--save-every is {options.save_every}, must be at least 1")
-    given = {name: getattr(options, name) for name in NEW_RUN_OPTIONS if getattr(options, name) is not None}
-    limits = None
-    if options.steps is not None or options.minutes is not None:
-        limits = training.Limits(options.steps, options.minutes)
-    if options.resume:
-        if given:
-            flag = flag_of(next(iter(given)))
-            raise ValueError(f"{flag} can't be given with --resume, which keeps the checkpoint's")
-        state = checkpoint.load(model_path)
-        if options.model not in (None, state.kind):
-            raise ValueError(f"--model is {options.model}, must be {state.kind} like the checkpoint in {folder}")
-        material = runs.read_material(state.kind, options.text, options.pairs)
-        limits = limits or training.limits_of(state)
-        trainer, tokenizer = runs.resumed_run(folder, material, options.device)
-        kind = state.kind
-    else:
-        if model_path.exists():
-            raise ValueError(f"--out is {folder}, which holds a model already: add --resume to go on with it")
-        material = runs.read_material(kind, options.text, options.pairs)
-        limits = limits or runs.PRESETS[kind].limits
-        if "dropout" in given:
-            given["embedding_dropout"] = given["attention_dropout"] = given["dropout"]
-        trainer, tokenizer = runs.new_run(kind, material, given, options.device)
+    folder = options.out or Path(f"fastformer-{options.model or 'gpt'}")
+    model_path = folder / MODEL_FILE
+    kind, limits, material, trainer, tokenizer = (_resumed if options.resume else _new)(options, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f".{MODEL_FILE}.*.tmp"):  # of a run that was killed while it saved
         leftover.unlink(missing_ok=True)
@@ -108,7 +101,12 @@ def train(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Continue a prompt, give the target of a source, or fill in what [MASK] hides."""
+    """Continue a prompt, give the target of a source, or fill in what [MASK] hides.
+
+    Raises:
+        OSError: a file can't be read.
+        ValueError: an option or a file is not what it must be.
+    """
     state, model, tokenizer = checkpoint.load_folder(options.model, options.device)
     model.eval()
     if state.kind == "bert":
@@ -122,20 +120,28 @@ def generate(options: argparse.Namespace) -> int:
         count = 100 if is_gpt else model.config.context_length
     end_token = None if is_gpt else tokenizer.number(runs.END)
     if options.beams is not None:
-        _refuse(options, SAMPLED_WITH, "with --beams, which takes the likeliest")
+        _refuse(options, ("temperature", *DRAWN_WITH), "with --beams, which takes the likeliest")
         (found,) = model.beam_search(prompt[None], count, num_beams=options.beams, end_token=end_token)
         print(tokenizer.decode(found[0].tokens.cpu(), skip_special_tokens=True))
         return 0
     temperature = options.temperature
     if temperature is None:
-        temperature = 0.8 if is_gpt else 0.0
+        drawn = any(getattr(options, name) is not None for name in DRAWN_WITH)
+        temperature = 0.8 if is_gpt else float(drawn)
+    generator = None
+    if temperature == 0:
+        _refuse(options, DRAWN_WITH, "with --temperature 0, which takes the likeliest")
+    else:
+        seed = 0 if options.seed is None else options.seed
+        training.check_seed(seed)
+        generator = torch.Generator(options.device).manual_seed(seed)
     stream = model.stream(
         prompt[None],
         count,
         temperature=temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        generator=torch.Generator(options.device).manual_seed(options.seed or 0),
+        generator=generator,
         end_token=end_token,
     )
     for text in _texts(tokenizer, stream, prompt.cpu() if is_gpt else prompt.cpu()[:0]):
@@ -161,22 +167,63 @@ def default_of(name: str) -> str:
     return ", ".join(f"{kind} {value}" for kind, value in found.items())
 
 
+def _new(options: argparse.Namespace, folder: Path) -> Run:
+    """A run that begins."""
+    kind = options.model or "gpt"
+    if (folder / MODEL_FILE).exists():
+        raise ValueError(f"--out is {folder}, which holds a model already: add --resume to go on with it")
+    limits = _limits(options) or runs.PRESETS[kind].limits
+    given = {name: getattr(options, name) for name in NEW_RUN_OPTIONS if getattr(options, name) is not None}
+    if "dropout" in given:
+        given["embedding_dropout"] = given["attention_dropout"] = given["dropout"]
+    material = runs.read_material(kind, options.text, options.pairs)
+    trainer, tokenizer = runs.new_run(kind, material, given, options.device)
+    return Run(kind, limits, material, trainer, tokenizer)
+
+
+def _resumed(options: argparse.Namespace, folder: Path) -> Run:
+    """The run whose checkpoint is in the folder."""
+    _refuse(options, NEW_RUN_OPTIONS, "with --resume, which keeps the checkpoint's")
+    limits = _limits(options)
+    state, model, tokenizer = checkpoint.load_folder(folder, options.device, with_training=True)
+    if options.model not in (None, state.kind):
+        raise ValueError(f"--model is {options.model}, must be {state.kind} like the checkpoint in {folder}")
+    limits = limits or training.limits_of(state)
+    material = runs.read_material(state.kind, options.text, options.pairs)
+    return Run(state.kind, limits, material, runs.resumed_run(state, model, tokenizer, material), tokenizer)
+
+
+def _limits(options: argparse.Namespace) -> training.Limits | None:
+    """Those that are given."""
+    if options.steps is None and options.minutes is None:
+        return None
+    return training.Limits(options.steps, options.minutes)
+
+
 def _texts(tokenizer: Tokenizer, stream: Iterable[Tensor], tokens: Tensor) -> Iterator[str]:
-    """The text of ``tokens`` [S] and of those that the stream gives, in pieces of whole characters."""
-    given = 0
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    for new in stream:
-        if not text.endswith("\ufffd"):
-            yield text[given:]
-            given = len(text)
-        tokens = torch.cat((tokens, new.cpu()))
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+    """The text of ``tokens`` [S] and of those that the stream gives, in pieces of whole characters.
+
+    Each piece is what the text of the last tokens grows by. They begin with those of the piece before it, as a decoder
+    may drop the space that a text begins with.
+    """
+    last, given = tokens, 0  # given: characters of the text of the last tokens
+    start = 0  # of the next piece, among the last tokens
+    for new in chain([tokens[:0]], stream):
+        last = torch.cat((last, new.cpu()))
+        text = tokenizer.decode(last, skip_special_tokens=True)
+        if text.endswith("\ufffd"):  # within a character, maybe
+            continue
+        yield text[given:]
+        piece = tokenizer.decode(last[start:], skip_special_tokens=True)
+        if piece:  # not of special tokens alone, behind which the next text would lose its space
+            last, text = last[start:], piece
+        given, start = len(text), len(last)
     yield text[given:]
 
 
 @torch.no_grad()
 def _fill_in(options: argparse.Namespace, model: Any, tokenizer: Tokenizer) -> int:
-    _refuse(options, ("beams", "max_new_tokens", *SAMPLED_WITH), "for a bert, which generates nothing new")
+    _refuse(options, ("beams", "max_new_tokens", "temperature", *DRAWN_WITH), "for a bert, which generates nothing new")
     mask = tokenizer.number("[MASK]")
     prompt = tokenizer.encode(options.prompt, special_tokens=True)
     if not (prompt == mask).any():
@@ -206,9 +253,9 @@ def _refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> No
 
 def _resume_command(options: argparse.Namespace, folder: Path) -> str:
     words = ["fastformer", "train", "--resume", "--out", str(folder)]
-    for name in ("text", "pairs"):
+    for name in ("text", "pairs", "steps", "minutes", "save_every", "device"):
         if getattr(options, name) is not None:
-            words += [f"--{name}", str(getattr(options, name))]
+            words += [flag_of(name), str(getattr(options, name))]
     return shlex.join(words)
 
 

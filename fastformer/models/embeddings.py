@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -32,37 +31,42 @@ def load_embeddings(
 ) -> LoadedEmbeddings:
     """Copy the vectors of the vocabulary's words from a text file into an embedding.
 
-    Each line of the file is a word and its numbers, with spaces between; a word may have spaces in it. word2vec's has a
+    Each line of the file is a word and its numbers, with spaces between; a word may have some in it. word2vec's has a
     first line with the number of words and the width, GloVe's has not. A word that the file has twice is taken from its
     first line; words that the vocabulary lacks are passed over.
 
     Args:
-        file: UTF-8 text.
+        file: UTF-8 text, with or without a byte order mark.
         vocabulary: each word and the row of its vector, or a tokenizer, whose words are taken as it writes them.
         embedding: an Embedding, or a model that has one as its ``token_embedding``.
 
     Raises:
         OSError: the file can't be read.
         TypeError: ``embedding`` is neither.
-        ValueError: a line is not UTF-8, has too few numbers, or one, of a word in the vocabulary, that is not finite;
-            the first line's counts are not those of the file and the embedding; or a row of the vocabulary is outside
-            the embedding. The embedding is then as it was.
+        ValueError: a line is not UTF-8, has too few numbers, or one, of a word in the vocabulary, that is not finite in
+            the embedding's dtype; the first line's counts are not those of the file and the embedding; or a row of the
+            vocabulary is outside the embedding. The embedding is then as it was.
     """
     weight = _weight(embedding)
     rows = vocabulary if isinstance(vocabulary, Mapping) else vocabulary.get_vocab()
     for word, row in rows.items():
         if not 0 <= row < len(weight):
             raise ValueError(f"vocabulary has row {row} for {word!r}, must be from 0 to {len(weight) - 1}")
-    vectors: dict[str, list[float]] = {}
+    vectors: dict[str, tuple[int, list[float]]] = {}  # the word: its line, its numbers
     for number, word, numbers in _lines(Path(file), weight.shape[1]):
         if word in rows and word not in vectors:
-            vectors[word] = _parse(file, number, numbers)
+            vectors[word] = number, _parse(file, number, numbers)
     ordered = sorted(rows, key=lambda word: rows[word])
     found = [word for word in ordered if word in vectors]
     if found:
-        values = torch.tensor([vectors[word] for word in found]).to(weight)
+        lines, values = zip(*(vectors[word] for word in found))
+        values = torch.tensor(values, dtype=weight.dtype)
+        finite = values.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            line = min(line for line, fine in zip(lines, finite) if not fine)
+            raise ValueError(f"{file}, line {line}: the vector has a number that is not finite in {weight.dtype}")
         with torch.no_grad():
-            weight[torch.tensor([rows[word] for word in found], device=weight.device)] = values
+            weight[torch.tensor([rows[word] for word in found], device=weight.device)] = values.to(weight.device)
     return LoadedEmbeddings(found, [word for word in ordered if word not in vectors])
 
 
@@ -81,10 +85,11 @@ def _lines(path: Path, width: int) -> Iterator[tuple[int, str, list[str]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8").rstrip(" \r\n")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip(" \r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from error
             word, *numbers = text.rsplit(" ", width)
+            word = word.rstrip(" ")
             if number == 1 and (header := _header(text)) is not None and width != 1:
                 promised, file_width = header
                 if file_width != width:
@@ -106,9 +111,6 @@ def _header(line: str) -> tuple[int, int] | None:
 
 def _parse(file: str | Path, number: int, numbers: list[str]) -> list[float]:
     try:
-        values = [float(x) for x in numbers]
+        return [float(x) for x in numbers]
     except ValueError as error:
         raise ValueError(f"{file}, line {number}: {error}") from error
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{file}, line {number}: the vector has a number that is not finite")
-    return values

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastformer.models.cache import Cache
+from fastformer.models.checks import check_count, check_number
+
+#: A smaller one is taken for this: float32 holds neither it nor its reciprocal.
+LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
 class Decoder(Protocol):
@@ -57,6 +62,7 @@ class Decoding:
         self.as_list = as_list
         self.prompt_length = tokens.shape[1]
         self._cache: Cache | None = None
+        self._pending: Tensor | None = None  # the tokens that the cache lacks, as the model takes them
 
     def logits(self) -> Tensor:
         """Of the token that follows each sequence: [B, V]."""
@@ -98,9 +104,70 @@ class Decoding:
         self._pending = self._cache.pack(window, starts)
 
 
-def generate(decoding: Decoding, max_new_tokens: int, end_token: int | None, options: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Args:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the fewest likeliest tokens whose probabilities reach this sum (Holtzman et al. 2020).
+        generator: on the device of the logits; torch's global one by default.
+
+    Raises:
+        TypeError: one is of another type.
+        ValueError: temperature is negative or not finite, top_k below 1, or top_p outside (0, 1]; or one of the others
+            is given with temperature 0, which draws nothing.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, must be finite and not negative")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator is a {type(self.generator).__name__}, must be a torch.Generator or None")
+        if self.temperature == 0:
+            for name in ("top_k", "top_p", "generator"):
+                if (value := getattr(self, name)) is not None:
+                    found = "given" if name == "generator" else value
+                    raise ValueError(f"{name} is {found}, must be None with temperature 0")
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """A token for each row: [B, V] -> [B, 1]."""
+        if self.temperature == 0 or self.top_k == 1:
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = logits.float()
+        if self.temperature < 1:
+            logits = logits - logits.amax(dim=-1, keepdim=True)  # 0 at most, so no quotient overflows
+        if self.temperature != 1:
+            logits = logits / max(self.temperature, LEAST_TEMPERATURE)
+        order = None  # int64 [B, up to V], the tokens, likeliest first
+        if self.top_k is not None:
+            logits, order = logits.topk(min(self.top_k, logits.shape[-1]))
+        elif self.top_p is not None:
+            logits, order = logits.sort(descending=True)
+        probabilities = torch.softmax(logits, dim=-1)
+        if self.top_p is not None:
+            likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before each one sum to
+            probabilities = probabilities.masked_fill(likelier >= self.top_p, 0.0)
+        drawn = torch.multinomial(probabilities, 1, generator=self.generator)
+        return drawn if order is None else order.gather(-1, drawn)
+
+
+def generate(decoding: Decoding, max_new_tokens: int, end_token: int | None, sampling: Sampling) -> Any:
     """All sequences at the end of ``stream``: int64 [B, S], or a list of int64 [S], each up to its end token."""
-    for _ in stream(decoding, max_new_tokens, end_token, options):
+    for _ in stream(decoding, max_new_tokens, end_token, sampling):
         pass
     if not decoding.as_list:
         return decoding.tokens[:, decoding.hidden :]
@@ -112,21 +179,21 @@ def generate(decoding: Decoding, max_new_tokens: int, end_token: int | None, opt
     return [x[: len(x) - max(more, 0)] for x, more in zip(sequences, surplus.tolist(), strict=True)]
 
 
-def stream(decoding: Decoding, max_new_tokens: int, end_token: int | None, options: dict[str, Any]) -> Iterator[Tensor]:
-    """New tokens, int64 [B] each time, by ``sample`` with the options; behind an end token only that one."""
-    check_options(**{name: options[name] for name in ("temperature", "top_k", "top_p")})
-    if end_token is not None:
-        check_count("end_token", end_token, least=0, most=decoding.model.config.vocab_size - 1)
-    return _stream(decoding, max_new_tokens, end_token, options)
+def stream(decoding: Decoding, max_new_tokens: int, end_token: int | None, sampling: Sampling) -> Iterator[Tensor]:
+    """New tokens, int64 [B] each time; behind an end token only that one.
+
+    Raises:
+        TypeError, ValueError: there is no such end token; at once, not with the first token.
+    """
+    _check_end_token(decoding, end_token)
+    return _stream(decoding, max_new_tokens, end_token, sampling)
 
 
 @torch.no_grad()
-def _stream(
-    decoding: Decoding, max_new_tokens: int, end_token: int | None, options: dict[str, Any]
-) -> Iterator[Tensor]:
+def _stream(decoding: Decoding, max_new_tokens: int, end_token: int | None, sampling: Sampling) -> Iterator[Tensor]:
     ended = torch.zeros(len(decoding.tokens), 1, dtype=torch.bool, device=decoding.tokens.device)
     for _ in range(max_new_tokens):
-        new = sample(decoding.logits(), **options)  # [B, 1]
+        new = sampling.draw(decoding.logits())  # [B, 1]
         if end_token is not None:
             new = new.masked_fill(ended, end_token)
             ended |= new == end_token
@@ -136,46 +203,19 @@ def _stream(
             return
 
 
-def sample(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw one token for each row: [B, V] -> [B, 1].
-
-    Args:
-        logits: [B, V].
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw among the k likeliest tokens only.
-        top_p: draw among the fewest likeliest tokens whose probabilities reach this sum (Holtzman et al. 2020).
-        generator: on the device of the logits; torch's global one by default.
-
-    Raises:
-        ValueError: temperature is negative or not finite, top_k below 1, or top_p outside (0, 1].
-    """
-    check_options(temperature, top_k, top_p)
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    probabilities = torch.softmax(logits, dim=-1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # what the tokens before each one sum to
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(likelier >= top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)
-
-
 class Hypothesis(NamedTuple):
     """A sequence that beam search found."""
 
     tokens: Tensor  # int64 [S], the prompt's and the end token included
     score: float  # log-probability of the new tokens / their number ** length_penalty
+
+
+class Candidate(NamedTuple):
+    """A way for one beam to go on."""
+
+    row: int  # of the beam
+    token: int
+    sum: float  # of the log-probabilities of all new tokens
 
 
 @torch.no_grad()
@@ -196,20 +236,11 @@ def beam_search(
         end_token: ends a sequence, and is part of it.
 
     Raises:
+        TypeError: an argument is no number.
         ValueError: a number is out of range, or there is no room for the continuations in the context.
     """
-    check_count("max_new_tokens", max_new_tokens, least=1)
-    longest = decoding.tokens.shape[1] - decoding.hidden + max_new_tokens
-    if longest > decoding.model.config.context_length:
-        raise ValueError(
-            f"max_new_tokens is {max_new_tokens}, must be less: the longest sequence would have {longest} tokens, more"
-            f" than context_length, {decoding.model.config.context_length}"
-        )
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty is {length_penalty}, must be finite")
-    if end_token is not None:
-        check_count("end_token", end_token, least=0, most=decoding.model.config.vocab_size - 1)
-    batch = len(decoding.tokens)
+    _check_beam_search(decoding, max_new_tokens, length_penalty, end_token)
+    batch, device = len(decoding.tokens), decoding.tokens.device
     log_probabilities = decoding.logits().float().log_softmax(-1)  # [B, V]
     decoding.repeat(num_beams)
     log_probabilities = log_probabilities.repeat_interleave(num_beams, dim=0)  # [B * W, V]
@@ -219,38 +250,74 @@ def beam_search(
     ended: list[list[Hypothesis]] = [[] for _ in range(batch)]
 
     for length in range(1, max_new_tokens + 1):
+        if length > 1:
+            log_probabilities = decoding.logits().float().log_softmax(-1)
         totals = (sums.view(-1, 1) + log_probabilities).view(batch, -1)  # [B, W * V]
         best = totals.topk(min(2 * num_beams, totals.shape[1]))  # enough if all W likeliest end
-        rows, tokens, values = [], [], []
-        for i, candidates in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            living: list[tuple[int, int, float]] = []  # row, token, sum
-            for rank, (value, index) in enumerate(zip(*candidates, strict=True)):
-                row, token = i * num_beams + index // vocabulary, index % vocabulary
-                if value == -math.inf or len(living) == num_beams or len(ended[i]) == num_beams:
-                    break
-                if token != end_token:
-                    living.append((row, token, value))
-                elif rank < num_beams:
-                    whole = torch.cat((decoding.sequence(row), decoding.tokens.new_tensor([token])))
-                    ended[i].append(Hypothesis(whole, value / length**length_penalty))
-            if len(ended[i]) == num_beams:
-                living = []
-            living += [(i * num_beams, 0, -math.inf)] * (num_beams - len(living))
-            for column, values_of in zip(zip(*living), (rows, tokens, values)):
-                values_of.extend(column)
-        decoding.select(torch.tensor(rows, device=decoding.tokens.device))
+        beams: list[Candidate] = []
+        for i, (values, indices) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+            first = i * num_beams  # row of the sequence's first beam
+            candidates = [
+                Candidate(first + index // vocabulary, index % vocabulary, value)
+                for value, index in zip(values, indices, strict=True)
+                if value > -math.inf
+            ]
+            living, ending = _choose(candidates, num_beams, num_beams - len(ended[i]), end_token)
+            for row, token, total in ending:
+                whole = torch.cat((decoding.sequence(row), decoding.tokens.new_tensor([token])))
+                ended[i].append(Hypothesis(whole, total / length**length_penalty))
+            beams += living + [Candidate(first, 0, -math.inf)] * (num_beams - len(living))
+        rows, tokens, values = zip(*beams)
+        decoding.select(torch.tensor(rows, device=device))
         decoding.append(decoding.tokens.new_tensor(tokens)[:, None])
-        sums = torch.tensor(values, device=sums.device).view(batch, num_beams)
-        if length == max_new_tokens or sums.max() == -math.inf:
+        sums = torch.tensor(values, device=device).view(batch, num_beams)
+        if sums.max() == -math.inf:
             break
-        log_probabilities = decoding.logits().float().log_softmax(-1)
 
-    for i, living in enumerate(sums.tolist()):
-        for beam, value in enumerate(living):
-            if value > -math.inf:
-                whole = decoding.sequence(i * num_beams + beam)
-                ended[i].append(Hypothesis(whole, value / length**length_penalty))
+    for row, total in enumerate(sums.flatten().tolist()):
+        if total > -math.inf:
+            found = Hypothesis(decoding.sequence(row), total / length**length_penalty)
+            ended[row // num_beams].append(found)
     return [sorted(found, key=lambda x: x.score, reverse=True)[:num_beams] for found in ended]
+
+
+def _choose(
+    candidates: list[Candidate], num_beams: int, wanted: int, end_token: int | None
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Of a sequence's candidates, likeliest first: those that live on, and those that end.
+
+    At most ``num_beams`` live on, and none where the ``wanted`` last hypotheses have ended. Only one that is among the
+    ``num_beams`` likeliest ends.
+    """
+    living: list[Candidate] = []
+    ending: list[Candidate] = []
+    for rank, candidate in enumerate(candidates):
+        if len(living) == num_beams or len(ending) == wanted:
+            break
+        if candidate.token != end_token:
+            living.append(candidate)
+        elif rank < num_beams:
+            ending.append(candidate)
+    return ([] if len(ending) == wanted else living), ending
+
+
+def _check_beam_search(decoding: Decoding, max_new_tokens: int, length_penalty: float, end_token: int | None) -> None:
+    check_count("max_new_tokens", max_new_tokens, least=1)
+    longest = decoding.tokens.shape[1] - decoding.hidden + max_new_tokens
+    if longest > decoding.model.config.context_length:
+        raise ValueError(
+            f"max_new_tokens is {max_new_tokens}, must be less: the longest sequence would have {longest} tokens, more"
+            f" than context_length, {decoding.model.config.context_length}"
+        )
+    check_number("length_penalty", length_penalty)
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty is {length_penalty}, must be finite")
+    _check_end_token(decoding, end_token)
+
+
+def _check_end_token(decoding: Decoding, end_token: int | None) -> None:
+    if end_token is not None:
+        check_count("end_token", end_token, least=0, most=decoding.model.config.vocab_size - 1)
 
 
 def pad(sequences: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor | None]:
@@ -267,40 +334,3 @@ def pad(sequences: Sequence[Tensor], *, left: bool) -> tuple[Tensor, Tensor | No
         first = longest - len(x) if left else 0
         row[first : first + len(x)] = x
     return padded, None if min(lengths) == longest else torch.tensor(lengths, device=padded.device)
-
-
-def check_sequences(name: str, sequences: Tensor | Sequence[Tensor]) -> None:
-    """TypeError or ValueError unless they are int64 [B, S], or B of int64 [S] on one device."""
-    if isinstance(sequences, Tensor):
-        if sequences.dim() != 2 or not sequences.numel():
-            raise ValueError(f"{name} has shape {tuple(sequences.shape)}, must be [B, S] with at least one token")
-    elif not sequences:
-        raise ValueError(f"{name} is {sequences!r}, must have at least one sequence")
-    for i, x in enumerate([sequences] if isinstance(sequences, Tensor) else sequences):
-        what = name if isinstance(sequences, Tensor) else f"{name}[{i}]"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{what} is a {type(x).__name__}, must be a Tensor")
-        if x.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{what} has dtype {x.dtype}, must be int64 or int32")
-        if x is not sequences and (x.dim() != 1 or not len(x)):
-            raise ValueError(f"{what} has shape {tuple(x.shape)}, must be [S] with at least one token")
-
-
-def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """ValueError unless these are what ``sample`` takes."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, must be finite and not negative")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, must be above 0 and at most 1")
-
-
-def check_count(name: str, count: int, *, least: int, most: int | None = None) -> None:
-    """TypeError or ValueError unless ``count`` is an integer in range."""
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"{name} is a {type(count).__name__}, must be an int")
-    if count < least:
-        raise ValueError(f"{name} is {count}, must be at least {least}")
-    if most is not None and count > most:
-        raise ValueError(f"{name} is {count}, must be at most {most}")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastformer import functional as F
 from fastformer.models import generation, pretrained
-from fastformer.models.base import Transformer, check_targets, check_tokens
+from fastformer.models.base import Transformer, check_targets
 from fastformer.models.cache import PAGE_SIZE, Cache, KVCache, PagedKVCache, pages_needed
+from fastformer.models.checks import check_count, check_sequences, check_tokens
 from fastformer.models.config import GPTConfig
 from fastformer.models.layers import Context, Stack, make_norm
 
@@ -38,8 +39,9 @@ class GPT(Transformer):
                 added to it. Of a paged cache, tokens are packed: [1, T], see PagedKVCache. There is then no dropout.
 
         Raises:
-            TypeError: tokens are not integers.
-            ValueError: tokens are not [B, S], are more than the context has room for, or targets differ in shape.
+            TypeError: tokens are not integers, or targets not int64.
+            ValueError: tokens are not [B, S] with one at least, are more than the context or the cache has room for, or
+                targets differ in shape or device.
         """
         features = self.features(tokens, cache)
         if targets is None:
@@ -49,8 +51,7 @@ class GPT(Transformer):
 
     def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """What the last norm gives: [B, S, C]. Arguments as in ``forward``."""
-        room = self.config.context_length
-        check_tokens("tokens", tokens, room if cache is None else tokens.numel())
+        check_tokens("tokens", tokens, self.config.context_length if cache is None else None)
         positions = slice(0, tokens.shape[1]) if cache is None else cache.place(tokens)
         training = self.training and cache is None
         context = Context(is_causal=True, training=training, rotation=self.rotation(positions), cache=cache)
@@ -66,13 +67,17 @@ class GPT(Transformer):
         Args:
             batch_size: B.
             room: the most positions, context_length at most; None for that.
+
+        Raises:
+            TypeError: one is no int.
+            ValueError: one is below 1, or ``room`` above context_length.
         """
         return KVCache(self.config.num_layers, self.cache_shape(batch_size, room), self.token_embedding.weight)
 
     def new_paged_cache(
         self, batch_size: int, room: int | None = None, *, page_size: int = PAGE_SIZE, num_pages: int | None = None
     ) -> PagedKVCache:
-        """An empty cache in pages; arguments as in ``new_cache`` and PagedKVCache."""
+        """An empty cache in pages; arguments, and what is raised, as in ``new_cache`` and PagedKVCache."""
         shape = self.cache_shape(batch_size, room)
         return PagedKVCache(self.config.num_layers, shape, self.token_embedding.weight, page_size, num_pages)
 
@@ -94,7 +99,7 @@ class GPT(Transformer):
             tokens: int64 [B, S], S at least 1, or a list of prompts of any lengths, int64 [S] each; of a longer prompt
                 the last ``context_length`` tokens count.
             max_new_tokens: the most to add.
-            temperature, top_k, top_p, generator: see ``generation.sample``.
+            temperature, top_k, top_p, generator: see ``generation.Sampling``.
             end_token: ends a sequence, and is part of it.
             paged: keep keys and values in pages (PagedKVCache), without any padding.
 
@@ -103,11 +108,12 @@ class GPT(Transformer):
             all end sooner; or for a list, a list of int64 [S + new], each up to its end token.
 
         Raises:
-            TypeError: tokens are not integers.
-            ValueError: an empty prompt, a negative ``max_new_tokens``, or what ``sample`` refuses.
+            TypeError: tokens are not integers, or what ``Sampling`` refuses.
+            ValueError: an empty prompt, prompts on several devices, a negative ``max_new_tokens``, ``end_token``
+                outside the vocabulary, or what ``Sampling`` refuses.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return generation.generate(self._decoding(tokens, max_new_tokens, paged), max_new_tokens, end_token, options)
+        sampling = generation.Sampling(temperature, top_k, top_p, generator)
+        return generation.generate(self._decoding(tokens, max_new_tokens, paged), max_new_tokens, end_token, sampling)
 
     def stream(
         self,
@@ -125,8 +131,8 @@ class GPT(Transformer):
 
         It is over when all have ended.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return generation.stream(self._decoding(tokens, max_new_tokens, paged), max_new_tokens, end_token, options)
+        sampling = generation.Sampling(temperature, top_k, top_p, generator)
+        return generation.stream(self._decoding(tokens, max_new_tokens, paged), max_new_tokens, end_token, sampling)
 
     def beam_search(
         self,
@@ -154,9 +160,9 @@ class GPT(Transformer):
     def _decoding(
         self, tokens: Tensor | Sequence[Tensor], max_new_tokens: int, paged: bool, num_beams: int = 1
     ) -> generation.Decoding:
-        generation.check_count("max_new_tokens", max_new_tokens, least=0)
-        generation.check_count("num_beams", num_beams, least=1)
-        generation.check_sequences("tokens", tokens)
+        check_count("max_new_tokens", max_new_tokens, least=0)
+        check_count("num_beams", num_beams, least=1)
+        check_sequences("tokens", tokens)
         padded, lengths = generation.pad(tokens, left=True)
         starts = None if lengths is None else padded.shape[1] - lengths
 
@@ -181,13 +187,17 @@ class GPT(Transformer):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the checkpoint is of another kind of model, has an option that GPT hasn't, or has a
-                tensor too few, one too many or one of the wrong shape.
+            TypeError: ``dtype`` is none.
+            ValueError: ``dtype`` is not a floating-point one; or the checkpoint is of another kind of model, has an
+                option that GPT hasn't, or has a tensor too few, one too many or one of the wrong shape.
         """
         return pretrained.load(cls, GPTConfig, Path(folder), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors as Hugging Face has them, of a GPT-2 or a Llama.
+
+        A model from ``from_pretrained`` keeps the numbers of its special tokens. An older checkpoint in the folder is
+        replaced, one in several files too.
 
         Raises:
             ValueError: the configuration is that of neither.

@@ -6,10 +6,19 @@ model computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastformer.models.config import BERTConfig, GPTConfig, RotaryScaling, TransformerConfig
+from fastformer.models.config import (
+    BERTConfig,
+    GPTConfig,
+    RotaryScaling,
+    TransformerConfig,
+    _check_flag,
+    _check_number,
+    _check_probability,
+    _check_size,
+)
 
 Settings = Mapping[str, Any]  # what config.json holds
 Shapes = Mapping[str, tuple[int, ...]]  # of the tensors in the checkpoint
@@ -23,6 +32,21 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+#: Their name for each of ours: the first that means it.
+_ACTIVATION_NAMES = {ours: theirs for names in (_ACTIVATIONS, _GATED) for theirs, ours in reversed(names.items())}
+
+#: Kinds of BERT whose heads are built.
+_BERTS = (
+    "BertModel",
+    "BertForPreTraining",
+    "BertForMaskedLM",
+    "BertLMHeadModel",
+    "BertForNextSentencePrediction",
+    "BertForSequenceClassification",
+)
+
+#: What changes nothing that the model computes: a model that was read keeps it, and writes it back.
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
 
 _REQUIRED = object()
 
@@ -48,9 +72,38 @@ class _Reader:
     def name(self, key: str, names: Mapping[str, str], default: str) -> str:
         """Our name for the value."""
         value = self.get(key, default)
-        if value not in names:
+        if value not in tuple(names):
             raise ValueError(f"config.json: {key} is {value!r}, must be one of {', '.join(names)}")
         return names[value]
+
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1) -> Any:
+        """An integer of at least ``least``, or the default."""
+        return self._checked(_check_size, key, default, least)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A positive number, or the default."""
+        return self._checked(_check_number, key, default, 0.0)
+
+    def probability(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A number in [0, 1], or the default."""
+        return self._checked(_check_probability, key, default)
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
+        """True or False, or the default."""
+        return self._checked(_check_flag, key, default)
+
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """A JSON object, empty where there is none."""
+        value = self.get(key, None)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"config.json: {key} is {value!r}, must be a JSON object")
+        return value or {}
+
+    def _checked(self, check: Callable[..., None], key: str, default: Any, *limits: float) -> Any:
+        value = self.get(key, default)
+        if value is not default:
+            check(f"config.json: {key}", value, *limits)
+        return value
 
 
 def read_gpt2(settings: Settings, shapes: Shapes) -> GPTConfig:
@@ -62,18 +115,18 @@ def read_gpt2(settings: Settings, shapes: Shapes) -> GPTConfig:
     reader.only("reorder_and_upcast_attn", False, True)  # rounds elsewhere in half precision, no more
     reader.only("add_cross_attention", False)
     return GPTConfig(
-        vocab_size=reader.get("vocab_size"),
-        context_length=reader.get("n_positions"),
-        num_layers=reader.get("n_layer"),
-        num_heads=reader.get("n_head"),
-        d_model=reader.get("n_embd"),
-        d_hidden=reader.get("n_inner", None),
-        norm_eps=reader.get("layer_norm_epsilon", 1e-5),
+        vocab_size=reader.size("vocab_size"),
+        context_length=reader.size("n_positions", least=2),
+        num_layers=reader.size("n_layer"),
+        num_heads=reader.size("n_head"),
+        d_model=reader.size("n_embd"),
+        d_hidden=reader.size("n_inner", None),
+        norm_eps=reader.number("layer_norm_epsilon", 1e-5),
         activation=reader.name("activation_function", _ACTIVATIONS, "gelu_new"),
-        dropout=reader.get("resid_pdrop", 0.1),
-        embedding_dropout=reader.get("embd_pdrop", 0.1),
-        attention_dropout=reader.get("attn_pdrop", 0.1),
-        tied_unembedding=reader.get("tie_word_embeddings", True),
+        dropout=reader.probability("resid_pdrop", 0.1),
+        embedding_dropout=reader.probability("embd_pdrop", 0.1),
+        attention_dropout=reader.probability("attn_pdrop", 0.1),
+        tied_unembedding=reader.flag("tie_word_embeddings", True),
     )
 
 
@@ -88,7 +141,7 @@ def write_gpt2(config: TransformerConfig) -> dict[str, Any]:
         "n_embd": config.d_model,
         "n_inner": config.d_hidden,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "activation_function": _ACTIVATION_NAMES[config.activation],
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.embedding_dropout,
         "attn_pdrop": config.attention_dropout,
@@ -104,36 +157,37 @@ def read_llama(settings: Settings, shapes: Shapes) -> GPTConfig:
     reader.only("is_causal", True)
     reader.only("attention_bias", False)
     reader.only("mlp_bias", False)
-    d_model, num_heads = reader.get("hidden_size"), reader.get("num_attention_heads")
+    d_model, num_heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     reader.only("head_dim", None, d_model // num_heads)
     base, scaling = _read_rotary(reader)
     return GPTConfig(
-        vocab_size=reader.get("vocab_size"),
-        context_length=reader.get("max_position_embeddings"),
-        num_layers=reader.get("num_hidden_layers"),
+        vocab_size=reader.size("vocab_size"),
+        context_length=reader.size("max_position_embeddings", least=2),
+        num_layers=reader.size("num_hidden_layers"),
         num_heads=num_heads,
         d_model=d_model,
-        num_kv_heads=reader.get("num_key_value_heads", None),
-        d_hidden=reader.get("intermediate_size"),
+        num_kv_heads=reader.size("num_key_value_heads", None),
+        d_hidden=reader.size("intermediate_size"),
         positions="rotary",
         norm="rms_norm",
-        norm_eps=reader.get("rms_norm_eps", 1e-6),
+        norm_eps=reader.number("rms_norm_eps", 1e-6),
         activation=reader.name("hidden_act", _GATED, "silu"),
         bias=False,
         rotary_base=base,
         rotary_scaling=scaling,
-        attention_dropout=reader.get("attention_dropout", 0.0),
-        tied_unembedding=reader.get("tie_word_embeddings", False),
+        attention_dropout=reader.probability("attention_dropout", 0.0),
+        tied_unembedding=reader.flag("tie_word_embeddings", False),
     )
 
 
 def _read_rotary(reader: _Reader) -> tuple[float, RotaryScaling | None]:
     """Base and scaling. Before transformers 5 they were the keys rope_theta and rope_scaling."""
-    old = {"rope_theta": reader.get("rope_theta", 10000.0), **(reader.get("rope_scaling", None) or {})}
-    rotary = old | (reader.get("rope_parameters", None) or {})
+    old = {"rope_theta": reader.get("rope_theta", 10000.0), **reader.mapping("rope_scaling")}
+    rotary = old | reader.mapping("rope_parameters")
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if rotary.get("partial_rotary_factor", reader.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not 1.0: nothing else is built")
+    _check_number("config.json: rope_theta", rotary["rope_theta"], 0.0)
     if kind == "default":
         return float(rotary["rope_theta"]), None
     if kind != "llama3":
@@ -142,6 +196,7 @@ def _read_rotary(reader: _Reader) -> tuple[float, RotaryScaling | None]:
     for name in names:
         if name not in rotary:
             raise ValueError(f"config.json lacks {name} of the rotary positions")
+        _check_number(f"config.json: {name}", rotary[name], 0.0)
     return float(rotary["rope_theta"]), RotaryScaling(*(rotary[name] for name in names))
 
 
@@ -167,7 +222,7 @@ def write_llama(config: TransformerConfig) -> dict[str, Any]:
         "hidden_size": config.d_model,
         "intermediate_size": config.hidden_width,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": {"swiglu": "silu", "geglu": "gelu"}[config.activation],
+        "hidden_act": _ACTIVATION_NAMES[config.activation],
         "rope_parameters": rotary,
         "attention_bias": False,
         "mlp_bias": False,
@@ -186,38 +241,40 @@ def read_bert(settings: Settings, shapes: Shapes) -> BERTConfig:
     reader.only("position_embedding_type", "absolute")
     reader.only("problem_type", None, "single_label_classification")
     reader.only("tie_word_embeddings", True)  # else transformers has two biases of the unembedding
+    for kind in reader.get("architectures", None) or ():
+        if kind not in _BERTS:
+            raise ValueError(
+                f"config.json: architectures has {kind!r}, must be of {', '.join(_BERTS)}: nothing else is built"
+            )
     return BERTConfig(
-        vocab_size=reader.get("vocab_size"),
-        context_length=reader.get("max_position_embeddings"),
-        num_layers=reader.get("num_hidden_layers"),
-        num_heads=reader.get("num_attention_heads"),
-        d_model=reader.get("hidden_size"),
-        d_hidden=reader.get("intermediate_size"),
-        norm_eps=reader.get("layer_norm_eps", 1e-12),
+        vocab_size=reader.size("vocab_size"),
+        context_length=reader.size("max_position_embeddings", least=2),
+        num_layers=reader.size("num_hidden_layers"),
+        num_heads=reader.size("num_attention_heads"),
+        d_model=reader.size("hidden_size"),
+        d_hidden=reader.size("intermediate_size"),
+        norm_eps=reader.number("layer_norm_eps", 1e-12),
         activation=reader.name("hidden_act", _ACTIVATIONS, "gelu"),
-        dropout=reader.get("hidden_dropout_prob", 0.1),
-        embedding_dropout=reader.get("hidden_dropout_prob", 0.1),
-        attention_dropout=reader.get("attention_probs_dropout_prob", 0.1),
-        num_segments=reader.get("type_vocab_size", 2),
+        dropout=reader.probability("hidden_dropout_prob", 0.1),
+        embedding_dropout=reader.probability("hidden_dropout_prob", 0.1),
+        attention_dropout=reader.probability("attention_probs_dropout_prob", 0.1),
+        num_segments=reader.size("type_vocab_size", 2),
         masked_language_head="cls.predictions.bias" in shapes,
         pooler="bert.pooler.dense.weight" in shapes,
         num_classes=shapes["classifier.weight"][0] if "classifier.weight" in shapes else None,
         next_sentence_head="cls.seq_relationship.weight" in shapes,
-        classifier_dropout=reader.get("classifier_dropout", None),
+        classifier_dropout=reader.probability("classifier_dropout", None),
     )
 
 
 def write_bert(config: TransformerConfig) -> dict[str, Any]:
     """Its config.json."""
-    if config.embedding_dropout != config.dropout:
-        raise ValueError(
-            f"embedding_dropout is {config.embedding_dropout}, must be dropout, {config.dropout}, to be saved as bert"
-        )
-    kind = "BertModel"
     if config.num_classes is not None:
         kind = "BertForSequenceClassification"
     elif config.masked_language_head:
         kind = "BertForPreTraining" if config.next_sentence_head else "BertForMaskedLM"
+    else:
+        kind = "BertForNextSentencePrediction" if config.next_sentence_head else "BertModel"
     settings: dict[str, Any] = {
         "architectures": [kind],
         "vocab_size": config.vocab_size,
@@ -227,7 +284,7 @@ def write_bert(config: TransformerConfig) -> dict[str, Any]:
         "hidden_size": config.d_model,
         "intermediate_size": config.hidden_width,
         "layer_norm_eps": config.norm_eps,
-        "hidden_act": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "hidden_act": _ACTIVATION_NAMES[config.activation],
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         "tie_word_embeddings": True,

@@ -40,6 +40,7 @@ class Layout:
     write_config: Callable[[TransformerConfig], dict[str, Any]]
     pieces: Callable[[Any], list[Piece]]
     copies: Mapping[str, str]  # names under which a tied tensor may be stored again: our parameter
+    fixed: Callable[[Any], Mapping[str, tuple[Any, ...]]]  # fields of a configuration: what they must be
 
 
 def current_name(name: str) -> str:
@@ -125,6 +126,45 @@ def _bert_pieces(config: BERTConfig) -> list[Piece]:
     return pieces
 
 
+def _gpt2_fixed(config: GPTConfig) -> dict[str, tuple[Any, ...]]:
+    return {
+        "positions": ("learned",),
+        "norm": ("layer_norm",),
+        "norm_first": (True,),
+        "bias": (True,),
+        "activation": ("gelu", "gelu_tanh", "relu", "silu"),
+        "kv_heads": (config.num_heads,),
+    }
+
+
+def _llama_fixed(config: GPTConfig) -> dict[str, tuple[Any, ...]]:
+    return {
+        "positions": ("rotary",),
+        "norm": ("rms_norm",),
+        "norm_first": (True,),
+        "bias": (False,),
+        "activation": ("swiglu", "geglu"),
+        "dropout": (0.0,),
+        "embedding_dropout": (0.0,),
+    }
+
+
+def _bert_fixed(config: BERTConfig) -> dict[str, tuple[Any, ...]]:
+    return {
+        "positions": ("learned",),
+        "norm": ("layer_norm",),
+        "norm_first": (False,),
+        "bias": (True,),
+        "activation": ("gelu", "gelu_tanh", "relu", "silu"),
+        "tied_unembedding": (True,),
+        "kv_heads": (config.num_heads,),
+        "num_segments": (max(1, config.num_segments),),
+        "embedding_dropout": (config.dropout,),
+    }
+
+
+_TIED = {"lm_head.weight": "token_embedding.weight"}
+
 LAYOUTS: dict[type[TransformerConfig], list[Layout]] = {
     GPTConfig: [
         Layout(
@@ -134,7 +174,8 @@ LAYOUTS: dict[type[TransformerConfig], list[Layout]] = {
             read_gpt2,
             write_gpt2,
             _gpt2_pieces,
-            {"lm_head.weight": "token_embedding.weight"},
+            _TIED,
+            _gpt2_fixed,
         ),
         Layout(
             "llama",
@@ -143,7 +184,8 @@ LAYOUTS: dict[type[TransformerConfig], list[Layout]] = {
             read_llama,
             write_llama,
             _llama_pieces,
-            {"lm_head.weight": "token_embedding.weight"},
+            _TIED,
+            _llama_fixed,
         ),
     ],
     BERTConfig: [
@@ -158,36 +200,9 @@ LAYOUTS: dict[type[TransformerConfig], list[Layout]] = {
                 "cls.predictions.decoder.weight": "token_embedding.weight",
                 "cls.predictions.decoder.bias": "masked_language_head.bias",
             },
+            _bert_fixed,
         ),
     ],
-}
-
-#: What the configurations of each family have in common.
-_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {
-        "positions": ("learned",),
-        "norm": ("layer_norm",),
-        "norm_first": (True,),
-        "bias": (True,),
-        "activation": ("gelu", "gelu_tanh", "relu", "silu"),
-    },
-    "llama": {
-        "positions": ("rotary",),
-        "norm": ("rms_norm",),
-        "norm_first": (True,),
-        "bias": (False,),
-        "activation": ("swiglu", "geglu"),
-        "dropout": (0.0,),
-        "embedding_dropout": (0.0,),
-    },
-    "bert": {
-        "positions": ("learned",),
-        "norm": ("layer_norm",),
-        "norm_first": (False,),
-        "bias": (True,),
-        "activation": ("gelu", "gelu_tanh", "relu", "silu"),
-        "tied_unembedding": (True,),
-    },
 }
 
 
@@ -212,11 +227,7 @@ def layout_to_write(config: TransformerConfig) -> Layout:
     """
     problems = []
     for layout in LAYOUTS[type(config)]:
-        fixed = _FIXED[layout.model_type]
-        if layout.model_type != "llama":
-            fixed = fixed | {"kv_heads": (config.num_heads,)}
-        if layout.model_type == "bert":
-            fixed = fixed | {"num_segments": (max(1, config.num_segments),)}
+        fixed = layout.fixed(config)
         wrong = [name for name, values in fixed.items() if getattr(config, name) not in values]
         if not wrong:
             return layout

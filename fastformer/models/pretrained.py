@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastformer.models.config import TransformerConfig
 from fastformer.models.files import replacing, require
+from fastformer.models.hf_config import KEPT
 from fastformer.models.layouts import Layout, Piece, current_name, layout_to_read, layout_to_write
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def load(model_class: type[Transformer], kind: type[TransformerConfig], folder: Path, dtype: torch.dtype | None) -> Any:
     """The model in the folder, of that class and kind of configuration; see GPT.from_pretrained."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is a {type(dtype).__name__}, must be a torch.dtype or None")
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"dtype is {dtype}, must be one of {', '.join(map(str, DTYPES.values()))}")
     settings = _read_json(folder / CONFIG_FILE)
     try:
         layout = layout_to_read(kind, settings.get("model_type"))
@@ -48,6 +53,7 @@ def load(model_class: type[Transformer], kind: type[TransformerConfig], folder: 
                     _check_copy(name, weights.read(name), parameters[ours])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder}: {error}") from error
+    model.kept_settings = {key: settings[key] for key in KEPT if key in settings}
     return model
 
 
@@ -62,12 +68,28 @@ def save(model: Transformer, folder: Path) -> None:
             tensors[name] = (part.t() if piece.transposed else part).contiguous()
     dtype = str(model.token_embedding.weight.dtype).removeprefix("torch.")
     settings = {"model_type": layout.model_type, "dtype": dtype, **layout.write_config(model.config)}
+    settings |= model.kept_settings
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        require("safetensors.torch").save_file(tensors, temporary, {"format": "pt"})
-    with replacing(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / INDEX_FILE).unlink(missing_ok=True)  # of an older checkpoint in several files
+    with replacing(folder / CONFIG_FILE) as config_file, replacing(folder / WEIGHTS_FILE) as weights_file:
+        # Neither replaces an older file before both are written.
+        config_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        require("safetensors.torch").save_file(tensors, weights_file, {"format": "pt"})
+    _remove_shards(folder)
+
+
+def _remove_shards(folder: Path) -> None:
+    """Remove the files of an older checkpoint in several, and its index; only the index where it is damaged."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return
+    try:
+        shards = _shards(folder)
+    except ValueError:
+        shards = []
+    index.unlink()
+    for path in shards:
+        if path.suffix == ".safetensors" and path.name != WEIGHTS_FILE:
+            path.unlink(missing_ok=True)
 
 
 class _Weights:
@@ -137,6 +159,19 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    files = _shards(folder)
+    for path in files:
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} lacks {path.name}, which {INDEX_FILE} names")
+    return files
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the index names.
+
+    Raises:
+        ValueError: the index is damaged, or names a file elsewhere.
+    """
     names = _read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(x, str) for x in names.values()):
         raise ValueError(f"{INDEX_FILE} lacks its weight_map")
@@ -144,8 +179,6 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in files:
         if Path(name).name != name:
             raise ValueError(f"{INDEX_FILE} names the file {name!r}, must be one in the same folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which {INDEX_FILE} names")
     return [folder / name for name in files]
 
 

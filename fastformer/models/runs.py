@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fastformer.models import data, training
-from fastformer.models.checkpoint import KINDS, load_folder
+from fastformer.models.base import Transformer
+from fastformer.models.checkpoint import KINDS, Checkpoint
 from fastformer.models.objectives import MaskedLanguage, NextToken, Objective, Translation
 from fastformer.models.pairs import TextPair, TokenPair, read_pairs, reversed_words, split_pairs
 from fastformer.models.tokenizer import BERT_SPECIAL_TOKENS, SEQ2SEQ_SPECIAL_TOKENS, Tokenizer
@@ -110,19 +111,19 @@ def new_run(
     return _trainer(kind, model, tokenizer, material, config), tokenizer
 
 
-def resumed_run(
-    folder: Path, material: Material, device: torch.device | str = "cpu"
-) -> tuple[training.Trainer, Tokenizer]:
-    """The run whose checkpoint is in the folder, where it left off.
+def resumed_run(state: Checkpoint, model: Transformer, tokenizer: Tokenizer, material: Material) -> training.Trainer:
+    """A run where it left off.
+
+    Args:
+        state, model, tokenizer: from ``load_folder``, ``with_training``.
+        material: what the run began with, from ``read_material``.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or foreign, or the material is another than the run began with.
+        ValueError: the material is another, or the checkpoint can't be gone on from.
     """
-    state, model, tokenizer = load_folder(folder, device, with_training=True)
     trainer = _trainer(state.kind, model, tokenizer, material, training.config_of(state))
     trainer.restore(state)
-    return trainer, tokenizer
+    return trainer
 
 
 def train_tokenizer(kind: str, part: str | Sequence[TextPair], vocab_size: int) -> Tokenizer:

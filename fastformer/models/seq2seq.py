@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastformer import functional as F
 from fastformer.models import generation
-from fastformer.models.base import Transformer, check_targets, check_tokens, padding_mask
+from fastformer.models.base import Transformer, check_targets, padding_mask
 from fastformer.models.cache import PAGE_SIZE, Cache, KVCache, PagedKVCache, pages_needed
+from fastformer.models.checks import check_count, check_sequences, check_tokens
 from fastformer.models.config import Seq2SeqConfig
 from fastformer.models.layers import Context, Stack, make_norm
 
@@ -22,7 +23,13 @@ def shift_right(targets: Tensor, start_token: int) -> Tensor:
     """What the decoder sees when it is to predict targets [B, S]: the start token, then all targets but the last.
 
     Where targets are -100, which count for nothing, the start token stands in: only padding sees it.
+
+    Raises:
+        TypeError: targets are not integers, or ``start_token`` is not one.
+        ValueError: targets are not [B, S] with one at least, or ``start_token`` is negative.
     """
+    check_tokens("targets", targets)
+    check_count("start_token", start_token, least=0)
     shifted = targets.roll(1, dims=1)
     shifted[:, :1] = start_token
     return shifted.masked_fill(shifted == -100, start_token)
@@ -65,7 +72,7 @@ class Seq2Seq(Transformer):
         Raises:
             TypeError, ValueError: an argument is of the wrong kind or shape.
         """
-        memory = self.encode(source, source_lengths=source_lengths, source_mask=source_mask)
+        memory, mask = self._encode(source, source_lengths, source_mask, self.training)
         check_tokens("tokens", tokens, self.config.context_length)
         if len(tokens) != len(source):
             raise ValueError(f"tokens has {len(tokens)} rows, must have {len(source)} like source")
@@ -75,7 +82,7 @@ class Seq2Seq(Transformer):
             training=self.training,
             rotation=self.rotation(positions),
             memory=memory,
-            memory_mask=padding_mask("source", source, source_lengths, source_mask),
+            memory_mask=mask,
         )
         branch, residual = self.enter(*self.embed(tokens, positions), self.training)
         features = self.decoder(branch, residual, self.decoder_norm, context)
@@ -88,15 +95,18 @@ class Seq2Seq(Transformer):
         self, source: Tensor, *, source_lengths: Tensor | None = None, source_mask: Tensor | None = None
     ) -> Tensor:
         """The memory: what the encoder makes of the source, [B, Ss, C]. Arguments as in ``forward``."""
-        check_tokens("source", source, self.config.context_length)
-        mask = padding_mask("source", source, source_lengths, source_mask)
-        return self._encode(source, mask, self.training)
+        return self._encode(source, source_lengths, source_mask, self.training)[0]
 
-    def _encode(self, source: Tensor, mask: Tensor | None, training: bool) -> Tensor:
+    def _encode(
+        self, source: Tensor, lengths: Tensor | None, source_mask: Tensor | None, training: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The memory [B, Ss, C], and its mask, bool [B, 1, 1, Ss], if there is padding."""
+        check_tokens("source", source, self.config.context_length)
+        mask = padding_mask("source", source, lengths, source_mask)
         positions = slice(0, source.shape[1])
         context = Context(is_causal=False, training=training, rotation=self.rotation(positions), mask=mask)
         branch, residual = self.enter(*self.embed(source, positions), training)
-        return self.encoder(branch, residual, self.encoder_norm, context)
+        return self.encoder(branch, residual, self.encoder_norm, context), mask
 
     def features(self, tokens: Tensor, cache: Cache) -> Tensor:
         """What the decoder's last norm gives for the tokens after those in the cache: [B, S, C], without dropout.
@@ -109,7 +119,7 @@ class Seq2Seq(Transformer):
             TypeError: tokens are not integers.
             ValueError: tokens are of the wrong shape, or more than the cache has room for.
         """
-        check_tokens("tokens", tokens, tokens.numel())
+        check_tokens("tokens", tokens)
         positions = cache.place(tokens)
         context = Context(is_causal=True, training=False, rotation=self.rotation(positions), cache=cache)
         branch, residual = self.enter(*self.embed(tokens, positions), training=False)
@@ -130,10 +140,11 @@ class Seq2Seq(Transformer):
         Args:
             source, source_lengths, source_mask: as in ``forward``; the encoder runs without dropout.
             room: the most positions of the target, context_length at most; None for that.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind or shape, or ``room`` out of range.
         """
-        check_tokens("source", source, self.config.context_length)
-        mask = padding_mask("source", source, source_lengths, source_mask)
-        memory = self._encode(source, mask, training=False)
+        memory, mask = self._encode(source, source_lengths, source_mask, training=False)
         cache = KVCache(self.config.decoder_layers, self.cache_shape(len(source), room), memory)
         cache.memory = [block.cross_attention.keys_values(memory) for block in self.decoder]
         cache.memory_mask = mask
@@ -149,10 +160,12 @@ class Seq2Seq(Transformer):
         page_size: int = PAGE_SIZE,
         num_pages: int | None = None,
     ) -> PagedKVCache:
-        """As ``new_cache``, in pages, see PagedKVCache; the encoder's keys and values are packed, without padding."""
-        check_tokens("source", source, self.config.context_length)
-        mask = padding_mask("source", source, source_lengths, source_mask)
-        memory = self._encode(source, mask, training=False)
+        """As ``new_cache``, in pages, see PagedKVCache; the encoder's keys and values are packed, without padding.
+
+        Raises:
+            TypeError, ValueError: as ``new_cache`` and PagedKVCache.
+        """
+        memory, mask = self._encode(source, source_lengths, source_mask, training=False)
         shape = self.cache_shape(len(source), room)
         cache = PagedKVCache(self.config.decoder_layers, shape, memory, page_size, num_pages)
         kept = torch.ones_like(source, dtype=torch.bool) if mask is None else mask[:, 0, 0]
@@ -180,7 +193,7 @@ class Seq2Seq(Transformer):
         Args:
             source: int64 [B, Ss], Ss at least 1, or a list of sources of any lengths, int64 [Ss] each.
             max_new_tokens: the most tokens of a target, context_length at most.
-            temperature, top_k, top_p, generator: see ``generation.sample``; the likeliest token by default.
+            temperature, top_k, top_p, generator: see ``generation.Sampling``; the likeliest token by default.
             end_token: ends a target, and is part of it.
             paged: keep keys and values in pages (PagedKVCache), without any padding.
 
@@ -189,11 +202,12 @@ class Seq2Seq(Transformer):
             where all end sooner; or for a list, a list of int64 [S], each up to its end token.
 
         Raises:
-            TypeError: source is not of integers.
-            ValueError: an empty source, ``max_new_tokens`` out of range, or what ``sample`` refuses.
+            TypeError: source is not of integers, or what ``Sampling`` refuses.
+            ValueError: an empty source, sources on several devices, ``max_new_tokens`` or ``end_token`` out of range,
+                or what ``Sampling`` refuses: ``top_k``, ``top_p`` and ``generator`` want a temperature above 0.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return generation.generate(self._decoding(source, max_new_tokens, paged), max_new_tokens, end_token, options)
+        sampling = generation.Sampling(temperature, top_k, top_p, generator)
+        return generation.generate(self._decoding(source, max_new_tokens, paged), max_new_tokens, end_token, sampling)
 
     def stream(
         self,
@@ -211,8 +225,8 @@ class Seq2Seq(Transformer):
 
         It is over when all have ended.
         """
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        return generation.stream(self._decoding(source, max_new_tokens, paged), max_new_tokens, end_token, options)
+        sampling = generation.Sampling(temperature, top_k, top_p, generator)
+        return generation.stream(self._decoding(source, max_new_tokens, paged), max_new_tokens, end_token, sampling)
 
     def beam_search(
         self,
@@ -239,9 +253,9 @@ class Seq2Seq(Transformer):
     def _decoding(
         self, source: Tensor | Sequence[Tensor], max_new_tokens: int, paged: bool, num_beams: int = 1
     ) -> generation.Decoding:
-        generation.check_count("max_new_tokens", max_new_tokens, least=0, most=self.config.context_length)
-        generation.check_count("num_beams", num_beams, least=1)
-        generation.check_sequences("source", source)
+        check_count("max_new_tokens", max_new_tokens, least=0, most=self.config.context_length)
+        check_count("num_beams", num_beams, least=1)
+        check_sequences("source", source)
         padded, lengths = generation.pad(source, left=False)
 
         def new_cache(longest: int) -> Cache:

@@ -31,6 +31,12 @@ class Tokenizer:
     def __init__(self, tokenizer: object) -> None:
         """``tokenizer``: a ``tokenizers.Tokenizer``; see ``train`` and ``load``."""
         self._tokenizer = tokenizer
+        # Whether special tokens are plain text is a state of the library's tokenizer: one of each, for threads.
+        self._plain = type(tokenizer).from_str(tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[object]]:
+        return type(self), (self._tokenizer,)
 
     @classmethod
     def train(
@@ -69,7 +75,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json; ``kind`` then says which it is.
+        """Read a tokenizer.json, but for its truncation and padding; ``kind`` then says which it is.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -78,13 +84,15 @@ class Tokenizer:
         content = Path(path).read_bytes()
         tokenizers = require("tokenizers")
         try:
-            tokenizer = cls(tokenizers.Tokenizer.from_str(content.decode()))
-            found = type(tokenizer._tokenizer.model).__name__
+            tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            found = type(tokenizer.model).__name__
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
         if found not in KINDS.values():
             raise ValueError(f"{path}: a tokenizer of type {found}, must be {' or '.join(KINDS.values())}")
-        return tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json; an older one stays whole if that fails."""
@@ -99,6 +107,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """How many tokens there are, special ones included."""
         return self._tokenizer.get_vocab_size()
 
     def get_vocab(self) -> dict[str, int]:
@@ -138,8 +147,8 @@ class Tokenizer:
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=skip_special_tokens)
 
     def _encode(self, texts: Sequence[str], special_tokens: bool) -> list[list[int]]:
-        self._tokenizer.encode_special_tokens = not special_tokens
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        tokenizer = self._tokenizer if special_tokens else self._plain
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _train_bpe(lines: Iterable[str], vocab_size: int, special_tokens: list[str], prefix_space: bool) -> object:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastformer.models.checkpoint import Checkpoint, save
+from fastformer.models.config import _check_choice, _check_flag, _check_number, _check_size
 from fastformer.models.files import require
+from fastformer.models.interrupts import noted_interrupt
 from fastformer.models.layers import Stack
 from fastformer.models.log import Log, Row
 from fastformer.models.objectives import Batch, NextToken, Objective, digest
 
 PRECISIONS = ("fp32", "bf16")
+
+#: What AdamW keeps of each parameter that has had a gradient.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Divergence(ValueError):
+    """The loss, a gradient or a weight is not finite any more."""
+
+
+def check_seed(seed: object) -> None:
+    """ValueError unless it is one that torch's generators take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}, must be an integer of at least 0 and below 2**63")
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class TrainingConfig:
     """How to train.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a field is not what it must be; names the field.
     """
 
     batch_size: int = 4  # sequences of a forward pass
@@ -42,17 +57,16 @@ class TrainingConfig:
     checkpoint_activations: bool = False  # keep the inputs of blocks alone for backward, which computes the rest anew
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, least in (("batch_size", 1), ("accumulate", 1), ("warmup_steps", 0)):
+            _check_size(name, getattr(self, name), least)
         for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be positive and finite")
-        for name in ("warmup_steps", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be finite and not negative")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}, must be one of {', '.join(PRECISIONS)}")
+            _check_number(name, getattr(self, name), above=0.0)
+        decay = self.weight_decay
+        if not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < math.inf:
+            raise ValueError(f"weight_decay is {decay!r}, must be finite and not negative")
+        check_seed(self.seed)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_flag("checkpoint_activations", self.checkpoint_activations)
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -79,7 +93,8 @@ class Limits:
     run equal to an unbroken one, to the bit.
 
     Raises:
-        ValueError: neither is given, or one is not positive and finite.
+        ValueError: neither is given, or one is not what it must be: steps a positive integer, minutes positive and
+            finite.
     """
 
     steps: int | None = None
@@ -88,9 +103,10 @@ class Limits:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("steps and minutes are None, one must be given")
-        for name, limit in asdict(self).items():
-            if limit is not None and not 0 < limit < math.inf:
-                raise ValueError(f"{name} is {limit}, must be positive and finite")
+        if self.steps is not None:
+            _check_size("steps", self.steps)
+        if self.minutes is not None:
+            _check_number("minutes", self.minutes, above=0.0)
 
     def fraction_done(self, trainer: Trainer) -> float:
         """How much of the run lies behind; 1 or more at its end."""
@@ -150,7 +166,7 @@ class Trainer:
         torch's own random state is afterwards what it was before: dropout draws from a seed of this step.
 
         Raises:
-            ValueError: the loss is not finite (the weights are left as they were).
+            Divergence: the loss or its gradient is not finite (the weights are left as they were).
         """
         config = self.config
         rows = config.batch_size * config.accumulate
@@ -165,9 +181,10 @@ class Trainer:
                 loss = self._loss(part) * (count / sum(counts))
                 value += loss.item()
                 loss.backward()
-        if not math.isfinite(value):
-            raise ValueError(f"learning_rate is {config.learning_rate}, must be lower: the loss became {value}")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm).item()
+        for what, x in (("the loss", value), ("the gradient's norm", norm)):
+            if not math.isfinite(x):
+                raise self._divergence(f"{what} became {x}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.steps_done, fraction)
         self.optimizer.step()
@@ -175,30 +192,42 @@ class Trainer:
         return value
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Mean loss, in nats a token, over at most 64 windows of the held-out text, or 512 held-out pairs."""
+    def held_out_loss(self, batches: int | None = None) -> float:
+        """Mean loss, in nats a token, over at most 64 windows of the held-out text, or 512 held-out pairs.
+
+        Args:
+            batches: measure with the first so many alone.
+        """
         self.model.eval()
         total, count = 0.0, 0
-        for batch in self.objective.held_out_batches(self.held_out_tokens, self.config.batch_size, self.context_length):
+        size, length = self.config.batch_size, self.context_length
+        for batch in islice(self.objective.held_out_batches(self.held_out_tokens, size, length), batches):
             targets = _count(batch)
             total += self._loss(batch).item() * targets
             count += targets
         return total / count
 
+    def check_finite(self, held_out_loss: float) -> None:
+        """Raise Divergence unless the loss, each weight and what the optimizer keeps of it are finite."""
+        if not math.isfinite(held_out_loss):
+            raise self._divergence(f"the held-out loss became {held_out_loss}")
+        state = self.checkpoint()
+        for name, x in (state.weights | state.training_tensors).items():
+            if not x.isfinite().all():
+                raise self._divergence(f"{name} became infinite or NaN")
+
     def checkpoint(self) -> Checkpoint:
         """All of it (tensors shared, not copied)."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        tensors = {
-            f"optimizer.{names[parameter]}.{key}": value
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
+        states = self.optimizer.state
+        names = {name: states[parameter] for name, parameter in self.model.named_parameters() if parameter in states}
+        tensors = {f"optimizer.{name}.{key}": state[key] for name, state in names.items() for key in MOMENTS}
         tensors["generator"] = self.generator.get_state()
         training = {
             "config": asdict(self.config),
             "steps_done": self.steps_done,
             "seconds": self.seconds,
-            "text": digest(self.train_tokens),
+            "data": self._digests,
+            "optimizer": list(names),  # the parameters that it has a state of
         }
         return Checkpoint(self.model.config, self.model.state_dict(), tensors, training)
 
@@ -206,23 +235,39 @@ class Trainer:
         """Go on where ``checkpoint`` (loaded ``with_training``, its weights already in the model) left off.
 
         Raises:
-            ValueError: the text is another one, or the checkpoint lacks part of the state.
+            ValueError: the data are others, or the checkpoint lacks part of the state.
         """
-        if checkpoint.training.get("text") != digest(self.train_tokens):
-            raise ValueError("text is not the one that the checkpoint was trained on")
-        tensors = checkpoint.training_tensors
+        tensors, training = checkpoint.training_tensors, checkpoint.training
+        parameters = dict(self.model.named_parameters())
+        states = {}
         try:
-            for name, parameter in self.model.named_parameters():
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                state = {key: tensors[f"optimizer.{name}.{key}"].to(parameter.device) for key in keys}
+            for part, found in self._digests.items():
+                if training["data"][part] != found:
+                    raise ValueError(
+                        f"text or pairs are not those that the checkpoint was trained with: the {part} part is another"
+                    )
+            for name in training["optimizer"]:
+                if name not in parameters:
+                    raise ValueError(f"checkpoint has optimizer state of {name}, which the model lacks")
+                parameter = parameters[name]
+                state = {key: tensors[f"optimizer.{name}.{key}"].to(parameter.device, copy=True) for key in MOMENTS}
                 if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape:
                     raise ValueError(f"checkpoint has optimizer state of another shape than {name}")
-                self.optimizer.state[parameter] = state
+                states[parameter] = state
+            steps_done, seconds = int(training["steps_done"]), float(training["seconds"])
             self.generator.set_state(tensors["generator"])
-            self.steps_done = int(checkpoint.training["steps_done"])
-            self.seconds = float(checkpoint.training["seconds"])
         except KeyError as error:
             raise ValueError(f"checkpoint lacks {error}, so training can't go on from it") from error
+        self.steps_done, self.seconds = steps_done, seconds
+        self.optimizer.state.clear()
+        self.optimizer.state.update(states)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {"training": digest(self.train_tokens), "held-out": digest(self.held_out_tokens)}
+
+    def _divergence(self, what: str) -> Divergence:
+        return Divergence(f"learning_rate is {self.config.learning_rate}, must be lower: {what}")
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         batch = {name: x.to(self._device) for name, x in batch.items()}
@@ -242,17 +287,17 @@ def train(trainer: Trainer, path: Path, limits: Limits, *, save_every: int = 100
 
     Every ``save_every`` steps, and at the end, measures the held-out loss, writes the log and saves a checkpoint to
     ``path``. Ctrl-C ends the step, saves, and raises KeyboardInterrupt; a second one raises it at once. A run that is
-    killed loses what came after the last checkpoint, nothing else.
+    killed, or diverges, loses what came after the last checkpoint, nothing else.
 
     Returns:
         The held-out loss at the end, in nats a token.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
-        ValueError: a limit is reached already, or ``save_every`` is below 1.
+        Divergence: the loss, a gradient or a weight is not finite; says which file keeps the last good checkpoint.
+        ValueError: a limit is reached already, or ``save_every`` is not a positive integer.
     """
-    if save_every < 1:
-        raise ValueError(f"save_every is {save_every}, must be at least 1")
+    _check_size("save_every", save_every)
     fraction = limits.fraction_done(trainer)
     if fraction >= 1:
         raise ValueError(
@@ -264,7 +309,8 @@ def train(trainer: Trainer, path: Path, limits: Limits, *, save_every: int = 100
     bar_format = "{percentage:3.0f}% {bar} {elapsed} {postfix}"
     with (
         require("tqdm").tqdm(total=1.0, initial=fraction, bar_format=bar_format) as bar,
-        _noted_interrupt() as interrupted,
+        noted_interrupt() as interrupted,
+        _naming_what_is_kept(path),
     ):
         while fraction < 1:
             loss = trainer.train_step(fraction)
@@ -278,6 +324,8 @@ def train(trainer: Trainer, path: Path, limits: Limits, *, save_every: int = 100
                 log.add(Row(trainer.steps_done, loss, held_out if measure else None, rate, trainer.seconds))
             stop = interrupted()
             if measure or stop:
+                # After Ctrl-C one batch has to do: nobody waits for more.
+                trainer.check_finite(held_out if measure else trainer.held_out_loss(batches=1))
                 _save(trainer, path, limits, log)
             measured = "" if math.isnan(held_out) else f" held-out {held_out:.3f}"
             bar.set_postfix_str(f"step {trainer.steps_done} loss {loss:.3f}{measured}", refresh=False)
@@ -323,28 +371,13 @@ def _save(trainer: Trainer, path: Path, limits: Limits, log: Log | None) -> None
 
 
 @contextmanager
-def _noted_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether there was a Ctrl-C, which raises nothing within; a second one does.
-
-    Elsewhere than in the main thread, and where the program ignores Ctrl-C, it changes nothing.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield lambda: False
-        return
-    noted = False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal noted
-        if noted:
-            raise KeyboardInterrupt
-        noted = True
-
-    signal.signal(signal.SIGINT, note)
+def _naming_what_is_kept(path: Path) -> Iterator[None]:
+    """Adds to the message of a Divergence what became of the checkpoint."""
     try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
+        yield
+    except Divergence as error:
+        kept = f"{path} keeps the last good checkpoint" if path.exists() else "nothing was saved"
+        raise Divergence(f"{error}; {kept}") from error
 
 
 def _split(batch: Batch, rows: int) -> list[Batch]:
