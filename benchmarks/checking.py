@@ -45,7 +45,7 @@ class Check:
         self.torchs = {mode: self.caller(mode, standard)() for mode in modes}
         widest = FORWARD if modes == [FORWARD] else TRAINING
         doubles = [x.double() for x in self.grad_outputs]
-        exact = caller(widest, case.reference, _double(self.inputs), doubles)()
+        exact = caller(widest, case.reference, doubled(self.inputs), doubles)()
         self.exact = {FORWARD: exact[: len(outputs)], BACKWARD: exact[len(outputs) :], TRAINING: exact}
 
     def caller(self, mode: str, function: Function) -> Call:
@@ -113,7 +113,8 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def doubled(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float64, those that are not integers; which require gradients stays as it is."""
     return {
         name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for name, x in inputs.items()

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastformer import backends
+from fastformer.tuning import DTYPES
 
 from . import compare, html_report, machine, pictures, report, scaling
 from .checking import describe
@@ -20,7 +21,6 @@ from .harness import FORWARD, IMPLEMENTATIONS, MODES, TRAINING, Pace
 from .suite import BACKENDS, EVERYTHING, SUITES, Found, Runner
 
 PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LISTS = {  # option -> (what can be in it, what is in it unless it is given)
     "--mode": (MODES, (FORWARD, TRAINING)),
     "--dtype": (tuple(DTYPES), ("float32", "bfloat16")),

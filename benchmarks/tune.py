@@ -26,7 +26,7 @@ from fastformer import backends, tuning
 from fastformer.models.files import require
 
 from .case import FORWARD, TRAINING
-from .checking import PEER_TOLERANCE, as_tuple, caller, describe
+from .checking import PEER_TOLERANCE, as_tuple, caller, describe, doubled
 from .machine import available_threads
 from .timing import Call, Timer, Timing, timer_for
 from .tune_trials import OPERATIONS, STANDARD, Trial, trials, widths_of
@@ -146,7 +146,7 @@ def measure_trial(
     """The points of one trial by kernel. One whose answer is wrong, or that can't run, is told in ``problems`` and is
     never faster."""
     inputs = trial.inputs(device, dtype, record=mode == TRAINING)
-    doubles = {name: _double(x) for name, x in inputs.items()}
+    doubles = doubled(inputs)
     with fastformer.backend(TORCH):
         with torch.no_grad():
             grad_outputs = [torch.randn_like(x) for x in as_tuple(trial.torchs(**inputs))]
@@ -164,10 +164,6 @@ def measure_trial(
             calls[kernel] = call
     del doubles, torchs, exact
     return found | (measure(trial.elements, calls, timer_for(device), rng) if len(calls) > 1 else {})
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
 
 def _problem(call: Call, torchs: Sequence[Tensor], exact: Sequence[Tensor]) -> str:
