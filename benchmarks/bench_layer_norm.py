@@ -59,7 +59,7 @@ def _case(operation: str, rows: int, columns: int, device: torch.device, dtype: 
         ours=partial(getattr(functional, operation), **settings),
         reference=partial(_reference, rms=rms),
         peers={
-            "eager": partial(_add_and_norm, norm, **settings) if add else partial(norm, **settings),
+            "eager": partial(add_and_norm, norm, **settings) if add else partial(norm, **settings),
             **peers.optional(operation, device, dtype, eps=EPS),
         },
         work=_work(rows * columns, dtype, rms=rms, add=add),
@@ -83,9 +83,10 @@ def _inputs(
     return inputs
 
 
-def _add_and_norm(
+def add_and_norm(
     norm: Function, input: Tensor, residual: Tensor, **parameters: Tensor | tuple[int, ...] | float
 ) -> tuple[Tensor, Tensor]:
+    """torch's norm of ``input + residual``, and that sum."""
     summed = input + residual
     return norm(summed, **parameters), summed
 

@@ -18,7 +18,8 @@ from fastformer.models import checkpoint
 from fastformer.models.config import ACTIVATIONS, BERTConfig, GPTConfig, TransformerConfig
 from fastformer.ops.linear import FEW_ROWS
 
-from .case import Function
+from .bench_layer_norm import add_and_norm
+from .case import FORWARD, TRAINING, Case, Function, Work
 
 Shapes = dict[str, tuple[int, ...]]  # of the tensors that a function takes, by name
 
@@ -163,8 +164,22 @@ class Trial(NamedTuple):
     torchs: Function  # torch's own function; where there is none, ours, which then runs several of torch's
     trained: bool = True
 
-    def inputs(self, device: torch.device, dtype: torch.dtype, *, record: bool) -> dict[str, Tensor]:
-        """Drawn anew; those that a model differentiates require a gradient if ``record``."""
+    def case(self, device: torch.device, dtype: torch.dtype) -> Case:
+        """What is judged and timed, under the backend of each function: torch's is its own reference in float64."""
+        return Case(
+            operation=self.operation,
+            shape=", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items()),
+            dtype=dtype,
+            inputs=partial(self.inputs, device, dtype),
+            ours=self.ours,
+            reference=self.torchs,
+            peers={"eager": self.torchs},
+            # of which nothing but the modes is asked
+            work=dict.fromkeys((FORWARD, TRAINING) if self.trained else (FORWARD,), Work(bytes=0, flops=0)),
+        )
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Drawn anew; those that a model differentiates require a gradient if this is trained."""
         drawn: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
             if name == "target":
@@ -172,7 +187,7 @@ class Trial(NamedTuple):
                 continue
             scale = shape[-1] ** -0.5 if "weight" in name and len(shape) == 2 else 1.0  # products are of order one
             x = scale * torch.randn(shape, device=device, dtype=dtype)
-            drawn[name] = x.requires_grad_(record and name not in ("cos", "sin"))
+            drawn[name] = x.requires_grad_(self.trained and name not in ("cos", "sin"))
         return drawn
 
 
@@ -199,7 +214,8 @@ def trials(operation: str, widths: Widths, kind: str) -> Iterator[Trial]:
 
 
 def _softmax(widths: Widths, sizes: Sizes, kind: str) -> Iterator[Trial]:
-    shapes = [(widths.heads * length, length) for length in sizes.lengths if kind == "cuda" or length <= 512]
+    longest = 2048 if kind == "cuda" else 512  # the scores of longer sequences fill the memory
+    shapes = [(widths.heads * length, length) for length in sizes.lengths if length <= longest]
     for shape in (*shapes, *((rows, widths.vocabulary) for rows in sizes.rows[:3])):
         functions = [partial(module.softmax, dim=-1) for module in (functional, torch_functional)]
         yield Trial("softmax", math.prod(shape), {"input": shape}, *functions)
@@ -208,22 +224,16 @@ def _softmax(widths: Widths, sizes: Sizes, kind: str) -> Iterator[Trial]:
 def _norms(widths: Widths, sizes: Sizes, kind: str) -> Iterator[Trial]:
     row = {"normalized_shape": (widths.columns,)}
     for form in widths.norms:
-        torchs = _add_layer_norm if form == "add_layer_norm" else getattr(torch_functional, form)
+        added = form == "add_layer_norm"
+        torchs = partial(add_and_norm, torch_functional.layer_norm) if added else getattr(torch_functional, form)
         functions = partial(getattr(functional, form), **row), partial(torchs, **row)
-        names = {"layer_norm": (), "rms_norm": (), "add_layer_norm": ("residual",)}[form]
+        names = ("residual",) if added else ()
         vectors = ("weight",) if form == "rms_norm" else ("weight", "bias")
         for rows in sizes.rows:
             shapes = dict.fromkeys(("input", *names), (rows, widths.columns)) | dict.fromkeys(
                 vectors, (widths.columns,)
             )
             yield Trial(form, rows * widths.columns, shapes, *functions)
-
-
-def _add_layer_norm(
-    input: Tensor, residual: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    summed = input + residual
-    return torch_functional.layer_norm(summed, normalized_shape, weight, bias), summed
 
 
 def _attention(widths: Widths, sizes: Sizes, kind: str) -> Iterator[Trial]:

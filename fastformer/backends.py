@@ -46,6 +46,7 @@ class Measurement(NamedTuple):
     least: tuple[int, int] = (0, 0)
     kernel: str = "cpu"
     tuned: str = ""  # the day on which ``fastformer tune`` found it on this machine
+    broken: bool = False  # whether it found wrong answers, or that ours can't run
 
 
 _FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -102,24 +103,54 @@ def faster_at(level: str) -> dict[tuple[str, torch.dtype], Measurement]:
 def _tuned(table: tuning.Table | None) -> dict[tuple[str, torch.dtype], Measurement]:
     """The entries of a table of ``fastformer tune`` as measurements."""
     return {
-        (x.operation, x.dtype): Measurement(x.operation, (), (x.dtype,), x.speedup, x.least, x.kernel, table.made)
+        (x.operation, x.dtype): Measurement(
+            x.operation, (), (x.dtype,), x.speedup, x.least, x.kernel, table.made, x.broken
+        )
         for x in (table.entries if table else ())
     }
 
 
-_TABLES = tuning.read_or_warn()
-#: What ``fastformer tune`` found on this machine's processor, if it was run.
-TUNED = tuning.find(_TABLES, tuning.cpu(CPU_LEVEL)) if _TABLES else None
-#: What ``auto`` goes by on this machine.
-FASTER = faster_at(CPU_LEVEL) | _tuned(TUNED)
+#: All tables of ``fastformer tune``.
+TABLES = tuning.read_or_warn()
+#: What it found on this machine's processor, by the threads that torch had.
+TUNED = tuning.by_threads(TABLES, CPU_LEVEL) if TABLES else {}
+#: What ``auto`` goes by on this machine, with the threads that torch has; see ``_go_by``.
+FASTER: dict[tuple[str, torch.dtype], Measurement] = {}
 #: Likewise on its GPU, where nothing but ``fastformer tune`` has measured.
 FASTER_ON_GPU: dict[tuple[str, torch.dtype], Measurement] = {}
-if any(table.machine.get("device") == "cuda" for table in _TABLES):
+if any(table.machine.get("device") == "cuda" for table in TABLES):
     # To ask for the GPU's name starts CUDA, which importing must not: so it waits for the program to do that.
-    torch.cuda._lazy_call(lambda: FASTER_ON_GPU.update(_tuned(tuning.find(_TABLES, tuning.gpu()))))
+    torch.cuda._lazy_call(lambda: FASTER_ON_GPU.update(_tuned(tuning.find(TABLES, tuning.gpu()))))
 _Tensor, _is_compiling = torch.Tensor, torch.compiler.is_compiling  # looked up once, for is_small
 #: (operation, dtype) -> elements below which torch's own function is faster, with gradients or without.
-_SMALL = {key: min(row.least) for key, row in FASTER.items()}
+_SMALL: dict[tuple[str, torch.dtype], int] = {}
+#: What ``decide`` said: to look it up takes 0.4 us, to decide 3.
+_decided: dict[tuple[str, str, torch.dtype, str, str, str, bool], str] = {}
+#: The threads that FASTER is for.
+_threads = 0
+
+
+def _go_by(threads: int) -> None:
+    """Makes FASTER, and what comes from it, that of so many threads."""
+    global FASTER, _SMALL, _decided, _threads
+    FASTER = faster_at(CPU_LEVEL) | _tuned(TUNED.get(threads))
+    _SMALL = {key: min(row.least) for key, row in FASTER.items()}
+    _decided, _threads = {}, threads
+
+
+def _follow_threads() -> None:
+    """Called where there are tables: torch.set_num_threads may have been. While a graph is made nothing changes."""
+    if not _is_compiling() and (threads := torch.get_num_threads()) != _threads:
+        _go_by(threads)
+
+
+_go_by(torch.get_num_threads() if TUNED else 0)
+
+
+def tables_in_use() -> str:
+    """Which tables of ``fastformer tune`` hold for this process, "" if none does."""
+    found = [tuning.find(TABLES, machine) for machine in tuning.here(CPU_LEVEL)] if TABLES else []
+    return "; ".join(f"{x.machine['device']} of {x.made}, {len(x.entries)} entries" for x in found if x)
 
 
 class Preference(NamedTuple):
@@ -159,10 +190,17 @@ FORMS = {
 }
 
 
+def forms_of(operation: str) -> list[str]:
+    """The operation, and the forms of it that were measured by themselves."""
+    return [operation, *(form for form, of in FORMS.items() if of == operation)]
+
+
 def preferred(operation: str, tensor: torch.Tensor) -> str:
     """``triton`` or ``cuda``, on a GPU that has both, for a raw operator whose first argument is ``tensor``."""
-    if FASTER_ON_GPU and (measured := FASTER_ON_GPU.get((operation, tensor.dtype))):
-        return measured.kernel
+    for form in forms_of(operation) if FASTER_ON_GPU else ():
+        measured = FASTER_ON_GPU.get((form, tensor.dtype))
+        if measured and not (measured.kernel == "cuda" and cuda_lacks(operation, tensor.dtype)):
+            return measured.kernel
     row_bytes = tensor.shape[-1:].numel() * tensor.element_size()
     rows = [row for row in PREFERENCES if row.operation == operation and row_bytes >= row.from_row_bytes]
     kernel = rows[-1].kernel
@@ -196,8 +234,6 @@ class Explained(Exception):
 
 #: Whether ``explain`` is at work.
 explaining = False
-#: What ``decide`` said: to look it up takes 0.4 us, to decide 3.
-_decided: dict[tuple[str, str, torch.dtype, str, str, str, bool], str] = {}
 
 
 def choose(
@@ -209,6 +245,8 @@ def choose(
     small a tensor is: it would be compiled once more for small ones, and spares the calls' cost anyway.
     """
     request, dtype = _request, tensor.dtype
+    if TUNED:
+        _follow_threads()
     if tensor.is_cpu:
         device, measured = "cpu", FASTER.get((operation, dtype))
     else:
@@ -240,6 +278,8 @@ def is_small(operation: str, input: object) -> bool:
     """
     if type(input) is not _Tensor or _request != "auto" or explaining or _is_compiling():
         return False
+    if TUNED:
+        _follow_threads()
     return input.is_cpu and input.numel() < _SMALL.get((operation, input.dtype), 0)
 
 
@@ -303,17 +343,21 @@ def decide(
         return Choice(request, "requested")
     if unsupported:
         return Choice("torch", f"our kernels don't have {unsupported}")
+    measured = {"cpu": FASTER, "cuda": FASTER_ON_GPU}.get(device, {}).get((operation, dtype))
+    if measured is not None and measured.broken:
+        return Choice("torch", f"tuned on this machine {measured.tuned}: ours had wrong answers, or couldn't run")
     if torch_lacks:
-        for kernel in ("cpu", "triton", "cuda"):
+        for kernel in (*((measured.kernel,) if measured else ()), "cpu", "triton", "cuda"):
             if available(kernel, device) and not (kernel == "cuda" and cuda_lacks(operation, dtype)):
                 return Choice(kernel, f"torch's own function has no {torch_lacks}")
     if device == "cpu" and not CPU_LIBRARY:
         return Choice("torch", _missing("cpu", device))
-    measured = {"cpu": FASTER, "cuda": FASTER_ON_GPU}.get(device, {}).get((operation, dtype))
     if measured is None:
         return Choice("torch", f"no measurement says that ours is faster on {device} in {dtype}")
     if not available(measured.kernel, device):
         return Choice("torch", _missing(measured.kernel, device))
+    if measured.kernel == "cuda" and (lacks := cuda_lacks(operation, dtype)):
+        return Choice("torch", lacks)
     kernel = "torch" if small else measured.kernel
     if measured.tuned:
         return Choice(kernel, f"tuned on this machine {measured.tuned}: {_where(measured)}")

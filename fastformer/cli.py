@@ -64,7 +64,8 @@ def _tune_parser(commands: argparse._SubParsersAction) -> None:
         help="measure on this machine from which sizes on ours is faster, for `auto` to go by",
         description="Measures every operation against torch's, with and without gradients, from small sizes to large"
         " ones, and keeps the result, which `auto` then goes by on this machine, with these versions and so many"
-        " threads. Takes some minutes; an interruption leaves what was kept before.",
+        " threads. Takes some minutes; an interruption leaves what was kept before. A kernel that has a wrong answer,"
+        " or can't run, is told, never chosen, and makes the exit status 1.",
         epilog="FASTFORMER_TUNING names the file (tuning.json in the cache folder); off: no table is used.",
     )
     parser.set_defaults(run=_tune)
@@ -195,9 +196,10 @@ def _tuning() -> str:
     file = tuning.path()
     if file is None:
         return "no table is used (FASTFORMER_TUNING=off)"
-    if backends.TUNED is None:
-        return f"no table of this machine and these versions in {file}: `fastformer tune` measures one"
-    return f"{file}, of {backends.TUNED.made}, {len(backends.TUNED.entries)} entries"
+    used = backends.tables_in_use()
+    if not used:
+        return f"no table of this machine, these versions and so many threads in {file}: `fastformer tune` measures one"
+    return f"{file}: {used}"
 
 
 def _gpu() -> str:

@@ -2,7 +2,7 @@
 
 One JSON file has a table for each machine (home folders are shared between machines, and versions change), which is
 found by all that its times depend on. ``backends`` reads the file once, when fastformer is imported: a table of this
-machine then stands before what was measured on ours.
+machine, and of the threads that torch has at a call, then stands before what was measured on ours.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     kernel: str  # of ours: "cpu", "triton" or "cuda"
     least: tuple[int, int]  # elements from which ours is faster, without and with gradients; or NEVER
-    speedup: str  # over torch's, at the sizes from there on; empty where it never is
+    speedup: str  # over torch's, at the measured sizes from there on; empty where nothing tells
+    broken: bool = False  # whether, at some size, ours gave a wrong answer or couldn't run: it is never chosen then
 
     def to_json(self) -> dict[str, Any]:
         least = [None if n == NEVER else n for n in self.least]
-        return {**self._asdict(), "dtype": short_name(self.dtype), "least": least}
+        return {**self._asdict(), "dtype": str(self.dtype).removeprefix("torch."), "least": least}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
@@ -52,7 +53,9 @@ class Entry(NamedTuple):
         without, recorded = (NEVER if n is None else n for n in values["least"])
         if not all(type(n) is int and n >= 0 for n in (without, recorded)):
             raise ValueError(f"least is {values['least']!r}, must be two numbers of elements, or null for never")
-        return cls(operation, DTYPES[values["dtype"]], kernel, (without, recorded), speedup)
+        if type(values["broken"]) is not bool:
+            raise ValueError(f"broken is {values['broken']!r}, must be true or false")
+        return cls(operation, DTYPES[values["dtype"]], kernel, (without, recorded), speedup, values["broken"])
 
 
 class Table(NamedTuple):
@@ -67,14 +70,15 @@ class Table(NamedTuple):
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Table:
-        if not isinstance(values["machine"], dict):
-            raise ValueError(f"machine is {values['machine']!r}, must be an object")
-        return cls(values["machine"], _string(values, "made"), tuple(map(Entry.from_json, values["entries"])))
+        machine = values["machine"]
+        if not isinstance(machine, dict) or not all(type(value) in (str, int) for value in machine.values()):
+            raise ValueError(f"machine is {machine!r}, must be an object of strings and integers")
+        return cls(machine, _string(values, "made"), tuple(map(Entry.from_json, values["entries"])))
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """A dtype as the file has it: a key of DTYPES."""
-    return str(dtype).removeprefix("torch.")
+    """As printed tables have it: fp32, bf16, fp16."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def _string(values: dict[str, Any], name: str) -> str:
@@ -108,7 +112,7 @@ def read(file: Path) -> list[Table]:
         return [Table.from_json(table) for table in values["tables"]]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{file} holds no tables of fastformer tune: {said}") from error
 
@@ -140,23 +144,23 @@ def find(tables: Iterable[Table], machine: Machine) -> Table | None:
     return next((table for table in tables if table.machine == machine), None)
 
 
-def merged(tables: Iterable[Table], new: Table) -> list[Table]:
-    """The tables with the new one's entries in place of those that its machine had for the same operation and dtype."""
-    others = [table for table in tables if table.machine != new.machine]
-    old = find(tables, new.machine)
-    measured = {(entry.operation, entry.dtype) for entry in new.entries}
-    kept = [entry for entry in old.entries if (entry.operation, entry.dtype) not in measured] if old else []
-    return [*others, new._replace(entries=(*kept, *new.entries))]
+def replaced(tables: Iterable[Table], new: Table) -> list[Table]:
+    """The tables with the new one in the place of its machine's."""
+    return [*(table for table in tables if table.machine != new.machine), new]
 
 
-def cpu(level: str) -> Machine:
-    """This machine's processor, at an instruction-set level, with the threads that torch has now."""
+def cpu(level: str, threads: int) -> Machine:
+    """This machine's processor, at an instruction-set level, with so many threads of torch's."""
+    return {"device": "cpu", "name": processor_name(), "level": level, "threads": threads, **_versions()}
+
+
+def by_threads(tables: Iterable[Table], level: str) -> dict[int, Table]:
+    """The tables of this machine's processor, at an instruction-set level, by the threads that torch had."""
+    processor = cpu(level, 0)
     return {
-        "device": "cpu",
-        "name": processor_name(),
-        "level": level,
-        "threads": torch.get_num_threads(),
-        **_versions(),
+        table.machine["threads"]: table
+        for table in tables
+        if table.machine == processor | {"threads": table.machine.get("threads")}
     }
 
 
@@ -166,6 +170,12 @@ def gpu() -> Machine | None:
     if len(names) != 1:
         return None
     return {"device": "cuda", "name": names.pop(), **_versions()}
+
+
+def here(level: str) -> list[Machine]:
+    """What tables must be of to hold for this process now: its processor at a level, its GPUs if they have one."""
+    gpus = gpu() if torch.cuda.is_available() else None
+    return [cpu(level, torch.get_num_threads()), *([gpus] if gpus else [])]
 
 
 def _versions() -> Machine:
