@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -15,12 +15,14 @@ from . import peers
 from .harness import FORWARD, Case, Function, Work
 from .work import of_training
 
-# (batch, heads, key heads, length, head_dim), causal
-TRAINING_SHAPES = {
+Shape = tuple[int, int, int, int, int]  # batch, heads, key heads, length, head_dim
+
+# Shape, causal
+TRAINING_SHAPES: dict[str, list[tuple[Shape, bool]]] = {
     "cpu": [((4, 6, 6, 256, 64), True), ((1, 12, 12, 1024, 64), True)],  # nanoGPT's; GPT-2 small
     "cuda": [((8, 12, 12, 1024, 64), True), ((1, 32, 8, 4096, 128), True)],  # GPT-2 small; Llama 3 8B
 }
-MORE_TRAINING_SHAPES = {
+MORE_TRAINING_SHAPES: dict[str, list[tuple[Shape, bool]]] = {
     "cpu": [
         ((1, 12, 12, 512, 64), True),
         ((1, 12, 12, 2048, 64), True),
@@ -50,22 +52,18 @@ def cases(device: torch.device, dtype: torch.dtype, suite: str) -> Iterator[Case
     """The cases of this operation on a kind of device, those of the quick suite first."""
     for index, (shape, is_causal) in enumerate(TRAINING_SHAPES[device.type]):
         flex = peers.flex(device, suite, peers.causal_mask_mod if is_causal else None)
-        yield _training(*shape, is_causal, device, dtype, flex, compiled=index == 0 or suite != "quick")
+        yield _training(shape, is_causal, device, dtype, flex, compiled=index == 0 or suite != "quick")
     for shape in DECODING_SHAPES[device.type]:
         yield _decoding(*shape, device, dtype)
     if suite != "quick":
         for shape, is_causal in MORE_TRAINING_SHAPES[device.type]:
-            yield _training(*shape, is_causal, device, dtype, {}, compiled=True)
+            yield _training(shape, is_causal, device, dtype, {}, compiled=True)
         for shape in MORE_DECODING_SHAPES[device.type]:
             yield _decoding(*shape, device, dtype)
 
 
 def _training(
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    length: int,
-    head_dim: int,
+    shape: Shape,
     is_causal: bool,
     device: torch.device,
     dtype: torch.dtype,
@@ -73,14 +71,14 @@ def _training(
     *,
     compiled: bool,
 ) -> Case:
-    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "head_dim": head_dim}
+    batch, heads, kv_heads, length, head_dim = shape
     settings = {"is_causal": is_causal, "enable_gqa": heads != kv_heads}
     visible = length * (length + 1) // 2 if is_causal else length * length
     return Case(
         operation="attention",
         shape=f"{batch}x{head_counts(heads, kv_heads)}x{length}x{head_dim}{' causal' if is_causal else ''}",
         dtype=dtype,
-        inputs=partial(attention_inputs, batch, heads, kv_heads, length, length, head_dim, device, dtype),
+        inputs=training_inputs(shape, device, dtype),
         ours=partial(functional.scaled_dot_product_attention, **settings),
         reference=partial(_reference, is_causal=is_causal),
         peers={
@@ -88,16 +86,10 @@ def _training(
             **flex,
             **peers.optional("attention", device, dtype, is_causal=is_causal),
         },
-        work=attention_work(
-            batch * heads * length * head_dim,
-            batch * kv_heads * length * head_dim,
-            batch * heads * visible,
-            head_dim,
-            dtype,
-        ),
+        work=training_work(shape, visible, dtype),
         judged_by="sdpa",
         compiled="eager" if compiled else None,
-        sizes=sizes,
+        sizes={"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "head_dim": head_dim},
     )
 
 
@@ -116,9 +108,7 @@ def _decoding(
         operation="attention",
         shape=f"{batch}x{head_counts(heads, kv_heads)}x1x{head_dim}, {length} keys",
         dtype=dtype,
-        inputs=partial(
-            attention_inputs, batch, heads, kv_heads, 1, length, head_dim, device, dtype, requires_grad=False
-        ),
+        inputs=partial(_inputs, batch, heads, kv_heads, 1, length, head_dim, device, dtype, requires_grad=False),
         ours=partial(functional.scaled_dot_product_attention, **settings),
         reference=partial(_reference, is_causal=False),
         peers={
@@ -136,7 +126,13 @@ def head_counts(heads: int, kv_heads: int) -> str:
     return f"{heads}" if heads == kv_heads else f"{heads}/{kv_heads}"
 
 
-def attention_inputs(
+def training_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
+    """Draws query, key and value of one length."""
+    batch, heads, kv_heads, length, head_dim = shape
+    return partial(_inputs, batch, heads, kv_heads, length, length, head_dim, device, dtype, requires_grad=True)
+
+
+def _inputs(
     batch: int,
     heads: int,
     kv_heads: int,
@@ -146,9 +142,8 @@ def attention_inputs(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    requires_grad: bool = True,
+    requires_grad: bool,
 ) -> dict[str, Tensor]:
-    """query, key and value."""
     draw = partial(torch.randn, device=device, dtype=dtype, requires_grad=requires_grad)
     return {
         "query": draw(batch, heads, seqlen_q, head_dim),
@@ -174,6 +169,13 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, enable
 def _torchs(device: torch.device, settings: dict[str, bool]) -> dict[str, Function]:
     attend = partial(torch_functional.scaled_dot_product_attention, **settings)
     return {"eager": partial(_eager, **settings), **peers.sdpa(device, attend)}
+
+
+def training_work(shape: Shape, visible: int, dtype: torch.dtype) -> dict[str, Work]:
+    """``visible``: pairs of a query and a key that it sees, of one head."""
+    batch, heads, kv_heads, length, head_dim = shape
+    elements = batch * length * head_dim
+    return attention_work(heads * elements, kv_heads * elements, batch * heads * visible, head_dim, dtype)
 
 
 def attention_work(queries: int, keys: int, visible: int, head_dim: int, dtype: torch.dtype) -> dict[str, Work]:

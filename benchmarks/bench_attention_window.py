@@ -14,10 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from fastformer import functional, reference
 
 from . import peers
-from .bench_attention import attention_inputs, attention_work, head_counts
+from .bench_attention import Shape, head_counts, training_inputs, training_work
 from .harness import Case
-
-Shape = tuple[int, int, int, int, int]  # batch, heads, key heads, length, head_dim
 
 SHAPES: dict[str, Shape] = {"cpu": (1, 4, 4, 8192, 64), "cuda": (2, 16, 16, 16384, 128)}
 WINDOWS = (None, 4096, 1024, 256)  # keys that a query sees, itself among them; None: all before it
@@ -46,7 +44,7 @@ def _case(shape: Shape, window: int | None, device: torch.device, dtype: torch.d
         operation="attention_window",
         shape=f"{batch}x{head_counts(heads, kv_heads)}x{length}x{head_dim} {mask}",
         dtype=dtype,
-        inputs=partial(attention_inputs, batch, heads, kv_heads, length, length, head_dim, device, dtype),
+        inputs=training_inputs(shape, device, dtype),
         ours=partial(_ours, window=window),
         reference=partial(_reference, window=window),
         peers={
@@ -55,13 +53,7 @@ def _case(shape: Shape, window: int | None, device: torch.device, dtype: torch.d
             **peers.flex(device, suite, peers.causal_mask_mod if window is None else window_mask_mod(window)),
             **peers.optional("attention", device, dtype, is_causal=True, window=window),
         },
-        work=attention_work(
-            batch * heads * length * head_dim,
-            batch * kv_heads * length * head_dim,
-            batch * heads * visible,
-            head_dim,
-            dtype,
-        ),
+        work=training_work(shape, visible, dtype),
         judged_by="sdpa",
         sizes={"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "window": keys},
     )

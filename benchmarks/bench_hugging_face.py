@@ -8,7 +8,6 @@ Needs transformers; importing this file does not.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastformer
 
-from .harness import FORWARD, TRAINING, Case, Limits, Pace, Row, Timer, Work, run_case
+from .checking import describe
+from .harness import FORWARD, TRAINING, Case, Limits, Pace, Row, Timer, Work, run_case, short_name
+from .peers import Package, why_not_imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -205,38 +206,49 @@ BENCH_OPTIONS = {"t5": {"feed_forward_proj": "gated-gelu"}}
 NO_GRADIENT = (".key.bias", ".k_proj.bias")
 
 
+def missing() -> str:
+    """Why there is nothing to be had of this, in a line; "" if there is."""
+    try:
+        import transformers  # noqa: F401
+    except Exception as error:
+        return why_not_imported(error, Package("transformers", "fastformer[transformers]"))
+    return ""
+
+
 def rows(device: torch.device, timer: Timer, limits: Limits, pace: Pace, rng: random.Random) -> Iterator[Row]:
-    """All of it in float32, by the kernels that fastformer chooses itself; or the reason why there is nothing."""
-    if importlib.util.find_spec("transformers") is None:
-        problem = "transformers is not installed: pip install fastformer[transformers]"
-        for name in ARCHITECTURES:
-            yield Row("hugging_face", name, "fp32", "", "auto", problem=problem)
-        return
-    for case in cases(device, torch.float32, BENCH):
-        yield from run_case(case, "auto", timer, limits, pace, rng)
+    """All of it in float32. ``auto`` chooses our kernels, as it does for a user."""
+    for name in ARCHITECTURES:
+        found: list[Row] = []
+        with fastformer.backend("auto"):  # without the yield, or it would be the caller's backend too
+            try:
+                for case in cases(name, device, torch.float32, BENCH):
+                    found += run_case(case, "auto", timer, limits, pace, rng)
+            except Exception as error:  # such as a transformers that lacks the model; the others go on
+                row = Row("hugging_face", name, short_name(torch.float32), "", "auto", problem=describe(error))
+                found.append(row)
+        yield from found
 
 
-def cases(device: torch.device, dtype: torch.dtype, size: Size) -> Iterator[Case]:
-    """Each architecture's cases, with one set of parameters; they are built when the first one is asked for."""
-    for name, architecture in ARCHITECTURES.items():
-        models = _contestants(name, device, dtype, size)
-        for task in (FORWARD, TRAINING, *([GENERATION] if architecture.generates else [])):
-            inputs = {key: tensor.to(device) for key, tensor in _task_inputs(name, task, size).items()}
-            inputs |= {PARAMETER + key: parameter for key, parameter in models["eager"].named_parameters()}
-            yield Case(
-                operation="hugging_face",
-                shape=_shape(name, task, size),
-                dtype=dtype,
-                inputs=partial(dict, inputs),
-                ours=Task(models["ours"], task),
-                reference=partial(_with_parameters, Task(models["reference"], task)),
-                peers={
-                    "eager": Task(models["eager"], task),
-                    "sdpa": Task(models["sdpa"], task) if "sdpa" in models else "transformers has no SDPA for it",
-                },
-                judged_by="sdpa" if "sdpa" in models else "eager",  # what transformers runs unless told otherwise
-                work={TRAINING if task == TRAINING else FORWARD: _work(models["eager"], task, inputs)},
-            )
+def cases(name: str, device: torch.device, dtype: torch.dtype, size: Size) -> Iterator[Case]:
+    """An architecture's, with one set of parameters."""
+    models = _contestants(name, device, dtype, size)
+    for task in (FORWARD, TRAINING, *([GENERATION] if ARCHITECTURES[name].generates else [])):
+        inputs = {key: tensor.to(device) for key, tensor in _task_inputs(name, task, size).items()}
+        inputs |= {PARAMETER + key: parameter for key, parameter in models["eager"].named_parameters()}
+        yield Case(
+            operation="hugging_face",
+            shape=_shape(name, task, size),
+            dtype=dtype,
+            inputs=partial(dict, inputs),
+            ours=Task(models["ours"], task),
+            reference=partial(_with_parameters, Task(models["reference"], task)),
+            peers={
+                "eager": Task(models["eager"], task),
+                "sdpa": Task(models["sdpa"], task) if "sdpa" in models else "transformers has no SDPA for it",
+            },
+            judged_by="sdpa" if "sdpa" in models else "eager",  # what transformers runs unless told otherwise
+            work={TRAINING if task == TRAINING else FORWARD: _work(models["eager"], task, inputs)},
+        )
 
 
 def _shape(name: str, task: str, size: Size) -> str:

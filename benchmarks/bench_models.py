@@ -1,29 +1,28 @@
 """Whole models beside the same in plain PyTorch, each eagerly and under torch.compile: training, inference, generation.
 
-All variants of a row have one set of random weights, which change nothing about the time; nor do random tokens.
+All variants of a row have one set of random weights, which change nothing about the time; nor do random tokens. Their
+answers are judged before they are timed, and once more behind the timed calls: only those show what a CUDA graph
+replays, or what a kernel left behind for the call after it.
 """
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import fastformer
-from fastformer.models import BERT, GPT, BERTConfig, GPTConfig
+from fastformer.models import BERTConfig, GPTConfig
 from fastformer.models.config import TransformerConfig
-from fastformer.models.training import TrainingConfig, make_optimizer
 
+from .case import COMPILE, OURS, OURS_COMPILED
 from .checking import describe
-from .harness import FORWARD, OURS, TRAINING, Limits, Pace, Row, Timer, measure, short_name
+from .harness import Limits, Pace, Row, Timer, measure, of_each, short_name
 from .memory import peak_bytes
-from .model_work import ModelWork
-from .plain_models import Generator, PlainBERT, PlainGPT, PlainLlama, sizes
+from .model_jobs import Contestant, Generation, Inference, Job, Kept, Pair, TrainStep
 from .timing import Call
 
 GPT2 = GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, d_model=768)
@@ -56,11 +55,11 @@ LLAMA_1B = GPTConfig(
     d_hidden=5632,
     **LLAMA_OPTIONS,
 )
-PROMPT, NEW_TOKENS = 128, 64
-MAX_GRAD_NORM = 1.0
+PROMPT = 128  # tokens, of generation
 # Of our ``distance`` from the plain model in float32. Eager torch's own is up to 0.17 in bfloat16, ours 0.02.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 2e-5}
-PEER_FACTOR = 2.0  # a compiled variant's distance may be so many times that of eager torch
+EAGER_TOLERANCE = {torch.bfloat16: 0.25, torch.float32: 2e-5}  # of the eager plain model, which is no kernel of ours
+PEER_FACTOR = 2.0  # the compiled plain model's distance may be so many times that of the eager one
 
 
 @dataclass(frozen=True)
@@ -109,180 +108,20 @@ TASKS = (
     Task("generation", "llama", torch.bfloat16, prompts=1),
 )
 COUNT = len(TASKS)
-EAGER, COMPILED, OURS_COMPILED = "eager", "compile", "ours: compile"
-EXACT = "exact"  # the plain model in float32, for its answer alone
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One variant: what is timed of it, and the tensors by which it is compared with the others."""
-
-    call: Call
-    answer: Callable[[], list[Tensor]]
-
-
-class Pair:
-    """Our model and the plain one, with one set of parameters."""
-
-    def __init__(self, config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.config, self.device = config, device
-        torch.manual_seed(0)
-        with device:
-            self.ours = (BERT if isinstance(config, BERTConfig) else GPT)(config).to(dtype)
-            self.plain = plain_model(config).to(dtype)
-        self.plain.load_state_dict(self.ours.state_dict(keep_vars=True), assign=True)
-
-    def model(self, name: str) -> torch.nn.Module:
-        """That of a variant, or EXACT."""
-        if name == EXACT:
-            with self.device:
-                exact = plain_model(self.config)
-            exact.load_state_dict(self.plain.state_dict())  # in float32
-            return exact
-        return self.ours if name.startswith(OURS) else self.plain
-
-    def random_tokens(self, *shape: int) -> Tensor:
-        """Of the vocabulary."""
-        return torch.randint(self.plain.token_embedding.num_embeddings, shape, device=self.device)
-
-
-def plain_model(config: TransformerConfig) -> torch.nn.Module:
-    """The model of a configuration in plain PyTorch."""
-    if isinstance(config, BERTConfig):
-        return PlainBERT(**sizes(config), norm_eps=config.norm_eps)
-    if config.positions == "learned":
-        return PlainGPT(**sizes(config))
-    return PlainLlama(
-        **sizes(config),
-        num_kv_heads=config.kv_heads,
-        d_hidden=config.hidden_width,
-        norm_eps=config.norm_eps,
-        rotary_base=config.rotary_base,
-    )
-
-
-class TrainStep:
-    """Forward and backward pass, clipping of gradients, fused AdamW. Every token has a target, BERT's too."""
-
-    mode = TRAINING
-
-    def __init__(self, pair: Pair, batch: int, length: int) -> None:
-        self.pair = pair
-        self.parameters = list(pair.plain.parameters())
-        self.optimizer = make_optimizer(pair.plain, TrainingConfig())
-        self.batch = pair.random_tokens(2, batch, length)
-        self.work = ModelWork.of(pair.plain, batch).training(length)
-        self.shape, self.sizes, self.tokens = f"{batch}x{length}", {"batch": batch, "length": length}, batch * length
-
-    def contestant(self, name: str) -> Contestant:
-        model = _compiled(self.pair.model(name), name)
-        parameters = list(model.parameters()) if name == EXACT else self.parameters
-        return Contestant(partial(self._step, model), partial(self._gradients, model, parameters))
-
-    def _step(self, model: Callable[..., Tensor]) -> None:
-        model(*self.batch).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _gradients(self, model: Callable[..., Tensor], parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-        """Behind the loss."""
-        loss = model(*self.batch)
-        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
-
-
-class Inference:
-    """Logits of every token."""
-
-    mode = FORWARD
-
-    def __init__(self, pair: Pair, batch: int, length: int) -> None:
-        self.pair = pair
-        self.batch = pair.random_tokens(batch, length)
-        self.work = ModelWork.of(pair.plain, batch).inference(length)
-        self.shape, self.sizes, self.tokens = f"{batch}x{length}", {"batch": batch, "length": length}, batch * length
-
-    def contestant(self, name: str) -> Contestant:
-        forward = torch.no_grad()(partial(_compiled(self.pair.model(name), name), self.batch))
-        return Contestant(forward, lambda: [forward()])
-
-
-class Generation:
-    """Greedy, with a cache of keys and values in room allotted once.
-
-    The step of plain torch that is compiled has one shape for all positions (see plain_models.Generator), so that it
-    can be a CUDA graph; ours is compiled as it is, for any position, which a CUDA graph can't be.
-    """
-
-    mode = FORWARD
-
-    def __init__(self, pair: Pair, batch: int, length: int) -> None:
-        self.pair = pair
-        self.prompt = pair.random_tokens(batch, length)
-        self.work = ModelWork.of(pair.plain, batch).generation(length, NEW_TOKENS)
-        self.shape, self.tokens = f"{batch}x{length}+{NEW_TOKENS}", batch * NEW_TOKENS
-        self.sizes = {"batch": batch, "length": length, "new_tokens": NEW_TOKENS}
-
-    def contestant(self, name: str) -> Contestant:
-        if name.startswith(OURS):
-            model = self.pair.ours
-            if name == OURS_COMPILED:
-                model = copy.copy(model)
-                model.features = torch.compile(model.features)
-            return Contestant(
-                partial(model.generate, self.prompt, NEW_TOKENS, temperature=0), partial(self._logits_of_ours, model)
-            )
-        options = None
-        if name == COMPILED:
-            options = {"fullgraph": True, "dynamic": False}
-            options["mode"] = "reduce-overhead" if self.prompt.is_cuda else None
-        batch, length = self.prompt.shape
-        generator = Generator(self.pair.model(name), batch, length + NEW_TOKENS, options)
-        return Contestant(partial(generator.generate, self.prompt, NEW_TOKENS), partial(self._logits, generator))
-
-    # Logits of a token behind the prompt, in shapes that generation has too, or they would be compiled for nothing.
-
-    @torch.no_grad()
-    def _logits(self, generator: Generator) -> list[Tensor]:
-        generator.logits(self.prompt, 0)
-        return [generator.logits(self.prompt[:, :1], self.prompt.shape[1]).clone()]
-
-    @torch.no_grad()
-    def _logits_of_ours(self, model: GPT) -> list[Tensor]:
-        batch, length = self.prompt.shape
-        cache = model.new_cache(batch, length + NEW_TOKENS)
-        model.features(self.prompt, cache)
-        return [model.unembed(model.features(self.prompt[:, :1], cache)[:, -1])]
-
-
-def _compiled(model: torch.nn.Module, name: str) -> Callable[..., Tensor]:
-    """The model as a variant runs it."""
-    return torch.compile(model, fullgraph=True, dynamic=False) if name in (COMPILED, OURS_COMPILED) else model
-
-
 OPERATIONS = {"train_step": TrainStep, "inference": Inference, "generation": Generation}
+EAGER = "eager"
+OVERWRITES = "overwrites what it is given"
 
 
-def rows(
-    device: torch.device,
-    timer: Timer,
-    limits: Limits,
-    pace: Pace,
-    rng: random.Random,
-    wanted: Callable[[str], bool],
-) -> Iterator[Row]:
-    """A row for each of TASKS in a mode that is wanted. ``auto`` chooses our kernels, as it does for a user.
-
-    Args:
-        wanted: whether a variant is to be timed, by its name; ours always is.
-    """
+def rows(device: torch.device, timer: Timer, limits: Limits, pace: Pace, rng: random.Random) -> Iterator[Row]:
+    """A row for each of TASKS in a mode that is wanted. ``auto`` chooses our kernels, as it does for a user."""
     for task in TASKS:
         if OPERATIONS[task.operation].mode not in pace.modes:
             continue
         row = Row(task.operation, task.model, short_name(task.dtype), OPERATIONS[task.operation].mode, "auto")
         try:
             with fastformer.backend("auto"):
-                _fill(row, task, device, timer, limits, pace, rng, wanted)
+                _fill(row, task, device, timer, limits, pace, rng)
         except Exception as error:  # such as too little memory; the other models go on
             row.problem = describe(error)
         finally:
@@ -292,57 +131,99 @@ def rows(
 
 
 def _fill(
-    row: Row,
-    task: Task,
-    device: torch.device,
-    timer: Timer,
-    limits: Limits,
-    pace: Pace,
-    rng: random.Random,
-    wanted: Callable[[str], bool],
+    row: Row, task: Task, device: torch.device, timer: Timer, limits: Limits, pace: Pace, rng: random.Random
 ) -> None:
     """The verdict, and where it is good the times and the memory of all variants."""
-    model, tolerance = MODELS[device.type][task.model], TOLERANCE[task.dtype]
+    model = MODELS[device.type][task.model]
     batch, length = (task.prompts, PROMPT) if task.prompts else (model.batch, model.length)
     job = OPERATIONS[task.operation](Pair(model.config, device, task.dtype), batch, length)
     row.shape, row.sizes, row.tokens = f"{task.model} {job.shape}", job.sizes, job.tokens
     row.bytes, row.flops = job.work.bytes, job.work.flops
     row.limit, row.limit_seconds = limits.bound(job.work, task.dtype)
-    ours, eager, right = job.contestant(OURS), job.contestant(EAGER), job.contestant(EXACT).answer()
-    row.error_share = distance(ours.answer(), right) / tolerance
-    if not row.error_share <= 1:  # nor if it is NaN
-        row.problem = f"wrong answer: {row.error_share:.3g}x the allowed error"
+    match = Match(row, job, task.dtype, pace)
+    match.judge()
+    if row.problem:
         return
-    calls = {OURS: ours.call} | ({EAGER: eager.call} if wanted(EAGER) else {})
-    allowed = max(tolerance, PEER_FACTOR * distance(eager.answer(), right))
-    for name in (COMPILED, OURS_COMPILED):
-        if wanted(name) and wanted(COMPILED):
-            found = pace.why_not_compile() or _checked(job, name, right, allowed)
-            (row.peers if isinstance(found, str) else calls)[name] = found
-    del right  # gradients of all parameters, as large as the model
-    timings = measure(calls, timer, pace, rng)
+    timings = measure(match.calls(), timer, pace, rng)
+    for name, reason in timings.items():
+        if isinstance(reason, str):
+            match.drop(name, reason)
+    match.look_again()
+    if row.problem:
+        row.problem = f"after the timed calls: {row.problem}"
+        return
     row.ours = timings.pop(OURS)
-    row.peers |= timings
-    row.memory = {name: peak_bytes(call, device) for name, call in calls.items()}
+    row.peers = timings | row.peers
+    row.memory = of_each(partial(peak_bytes, device=device), match.calls(pooled=False))
 
 
-def _checked(job: TrainStep | Inference | Generation, name: str, right: list[Tensor], allowed: float) -> Call | str:
-    """The call of a compiled variant, or why there is none."""
-    try:
-        contestant = job.contestant(name)
-        share = distance(contestant.answer(), right) / allowed
-    except Exception as error:
-        return describe(error)
-    return contestant.call if share <= 1 else f"computes something else: {share:.3g}x the allowed error"
+class Match:
+    """The contestants of a row, and what is found out about them, which goes into the row.
 
-
-def distance(answer: list[Tensor], right: list[Tensor]) -> float:
-    """The norm of the difference as a share of the right tensor's norm, of the pair where it is largest.
-
-    NaN if any is.
+    Ours is first. The eager one may be there for the compiled one's sake alone.
     """
-    shares = [
-        torch.linalg.vector_norm((a - b).double()) / torch.linalg.vector_norm(b.double())
-        for a, b in zip(answer, right, strict=True)
-    ]
-    return torch.stack(shares).max().item()
+
+    def __init__(self, row: Row, job: Job, dtype: torch.dtype, pace: Pace) -> None:
+        self.row, self.job, self.pace, self.kept = row, job, pace, Kept(job.constants)
+        ours = TOLERANCE[dtype]
+        self.allowed = {OURS: ours, EAGER: EAGER_TOLERANCE[dtype], COMPILE: ours, OURS_COMPILED: ours}
+        compiled: dict[str, Contestant] = {}
+        for name in filter(pace.wants, (COMPILE, OURS_COMPILED)):
+            try:
+                reason = pace.why_not_compile()
+                compiled |= {} if reason else {name: job.contestant(name)}
+            except Exception as error:
+                reason = describe(error)
+            if reason:
+                row.peers[name] = reason
+        eager = [EAGER] if pace.wants(EAGER) or COMPILE in compiled else []
+        self.contestants = {name: job.contestant(name) for name in (OURS, *eager)} | compiled
+
+    def calls(self, *, pooled: bool = True) -> dict[str, Call]:
+        """Of those that are wanted; ``pooled``: also where peak_bytes doesn't see the memory."""
+        wanted = {name: found for name, found in self.contestants.items() if self.pace.wants(name)}
+        return {name: found.call for name, found in wanted.items() if pooled or not found.pooled}
+
+    def judge(self) -> None:
+        """Drops the contestants whose answers are wrong now; the row's problem ends it."""
+        error_of, tolerance = self.job.judge(), dict(self.allowed)
+        for name, contestant in list(self.contestants.items()):
+            try:
+                error = error_of(contestant)
+            except Exception as raised:
+                self.kept.restore()
+                self.drop(name, describe(raised))
+            else:
+                self._judge_one(name, error / tolerance[name])
+                if name == EAGER and name in self.contestants:
+                    tolerance[COMPILE] = max(tolerance[COMPILE], PEER_FACTOR * error)
+            if self.row.problem:
+                return
+
+    def _judge_one(self, name: str, share: float) -> None:
+        """``share``: of the allowed error."""
+        if name == OURS:
+            self.row.error_share = max(share, self.row.error_share or 0.0)  # NaN if it is
+        if self.kept.restore():
+            self.drop(name, OVERWRITES, wrong=True)
+        elif not share <= 1:  # nor if it is NaN
+            what = "wrong answer" if name in (OURS, OURS_COMPILED) else "computes something else"
+            self.drop(name, f"{what}: {share:.3g}x the allowed error", wrong=True)
+
+    def look_again(self) -> None:
+        """Judges those that were timed once more, if none of ours has failed."""
+        overwritten = self.kept.restore()
+        if not self.row.problem:
+            self.judge()
+        if overwritten and not self.row.problem and OVERWRITES not in self.row.peers.values():
+            self.row.problem = "what the calls are given was overwritten"
+
+    def drop(self, name: str, reason: str, *, wrong: bool = False) -> None:
+        """A contestant that gets no time. It is the row's problem where it is ours, or ours compiled and ``wrong``."""
+        del self.contestants[name]
+        if name == OURS:
+            self.row.problem = reason
+        elif name == OURS_COMPILED and wrong:
+            self.row.problem = f"{name}: {reason}"
+        elif self.pace.wants(name):
+            self.row.peers[name] = reason

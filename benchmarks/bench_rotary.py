@@ -1,4 +1,7 @@
-"""rotary: position embeddings of query and key, at a small GPT's sizes and at those of Llama 3 (8 key heads)."""
+"""rotary: position embeddings of query and key, at a small GPT's sizes and at those of Llama 3 (8 key heads).
+
+Query and key lie in memory as a model's projection leaves them: the heads of a position side by side.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +43,23 @@ def cases(device: torch.device, dtype: torch.dtype, suite: str) -> Iterator[Case
             work=_work(batch * (heads + kv_heads) * length * head_dim, dtype),
             compiled="eager" if index == 1 or suite != "quick" else None,
             sizes={"batch": batch, "heads": heads, "kv_heads": kv_heads, "length": length, "head_dim": head_dim},
+            in_place=("liger",),
         )
 
 
 def _inputs(
     batch: int, heads: int, kv_heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    def draw(heads: int) -> Tensor:
+        """[batch, heads, length, head_dim], a view."""
+        drawn = torch.randn(batch, length, heads, head_dim, device=device, dtype=dtype)
+        return drawn.transpose(1, 2).requires_grad_()
+
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)
     angles = torch.arange(length, device=device).unsqueeze(-1) * frequencies  # [length, head_dim / 2]
     return {
-        "query": torch.randn(batch, heads, length, head_dim, device=device, dtype=dtype, requires_grad=True),
-        "key": torch.randn(batch, kv_heads, length, head_dim, device=device, dtype=dtype, requires_grad=True),
+        "query": draw(heads),
+        "key": draw(kv_heads),
         "cos": angles.cos().to(dtype),
         "sin": angles.sin().to(dtype),
     }

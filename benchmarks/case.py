@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastformer.tuning import short_name
+
 FORWARD = "fwd"
 BACKWARD = "bwd"  # the gradients alone: the forward pass runs just before, untimed
 TRAINING = "fwd_bwd"
 MODES = (FORWARD, BACKWARD, TRAINING)
 
-# The implementations that --only and --skip choose from: the part of a peer's name before its colon.
 OURS = "ours"
+# The kinds of implementations that --only and --skip choose from, and those of several of a kind.
 IMPLEMENTATIONS = (OURS, "eager", "compile", "sdpa", "flex", "chunked", "liger", "flash-attn", "quack")
+COMPILE, AUTOTUNED, OURS_COMPILED = "compile", "compile: max-autotune", f"{OURS}: compile"
+SDPA_KERNELS = ("sdpa: math", "sdpa: flash", "sdpa: efficient", "sdpa: cudnn", "sdpa: varlen")
+VARIANTS = (AUTOTUNED, OURS_COMPILED, *SDPA_KERNELS)
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -38,7 +43,7 @@ class Case:
     IMPLEMENTATIONS) to a function of the same arguments, or to the reason why it is not run. ``judged_by`` names the
     peer whose error sets the allowance, ``compiled`` the one that is also timed under torch.compile. ``few``, of an
     operation over ``rows`` rows: draws the inputs with so many rows instead. ``sizes`` are what a picture of how times
-    grow can have on its axis.
+    grow can have on its axis. ``in_place`` names the peers that overwrite what they are given, which is copies then.
     """
 
     operation: str
@@ -54,11 +59,7 @@ class Case:
     rows: int = 0
     few: Callable[[int], dict[str, Tensor]] | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    in_place: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.operation} {self.shape} {short_name(self.dtype)}"
-
-
-def short_name(dtype: torch.dtype) -> str:
-    """As tables have it: fp32, bf16, fp16."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastformer import accuracy
 
 from .case import BACKWARD, FORWARD, MODES, TRAINING, Case, Function
-from .timing import Call, Staged
+from .timing import Call, Staged, describe, prepared
 
 # A peer further than this from torch's own answer, as a share of its largest value, computes something else.
 PEER_TOLERANCE = 0.05
@@ -34,7 +34,8 @@ class Check:
         standard = case.peers[case.judged_by]
         with torch.no_grad():
             outputs = as_tuple(standard(**self.inputs))
-        self.grad_outputs = [torch.randn_like(x) for x in outputs]
+        # Of a loss: its gradient is 1, which some kernels take for granted.
+        self.grad_outputs = [torch.randn_like(x) if x.dim() else torch.ones_like(x) for x in outputs]
         output_names = [f"output {i}" if i else "output" for i in range(len(outputs))]
         gradient_names = [f"gradient of {name}" for name in leaves]
         self.names = {
@@ -42,15 +43,24 @@ class Check:
             BACKWARD: gradient_names,
             TRAINING: output_names + gradient_names,
         }
+        given = self.inputs | {f"gradient of {name}": x for name, x in zip(output_names, self.grad_outputs)}
+        self.given = {name: (x, x.detach().clone()) for name, x in given.items()}
         self.torchs = {mode: self.caller(mode, standard)() for mode in modes}
         widest = FORWARD if modes == [FORWARD] else TRAINING
         doubles = [x.double() for x in self.grad_outputs]
         exact = caller(widest, case.reference, doubled(self.inputs), doubles)()
         self.exact = {FORWARD: exact[: len(outputs)], BACKWARD: exact[len(outputs) :], TRAINING: exact}
 
-    def caller(self, mode: str, function: Function) -> Call:
-        """The function on the inputs, see the function of this name."""
-        return caller(mode, function, self.inputs, self.grad_outputs)
+    def caller(self, mode: str, function: Function, *, copies: bool = False) -> Call:
+        """The function on the inputs, see the function of this name; or on copies that are made, untimed, each time."""
+        if not copies:
+            return caller(mode, function, self.inputs, self.grad_outputs)
+
+        def on_copies() -> Call:
+            inputs = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in self.inputs.items()}
+            return prepared(caller(mode, function, inputs, [x.clone() for x in self.grad_outputs]))
+
+        return Staged(on_copies, lambda call: call())
 
     def verdict(self, mode: str, call: Call) -> tuple[str, float | None]:
         """Judges ours: (what is wrong with the answer or "", worst error as a share of the allowed one)."""
@@ -59,10 +69,9 @@ class Check:
         for name, ours, torchs, exact in zip(self.names[mode], answers, self.torchs[mode], self.exact[mode]):
             factor = accuracy.GRADIENT_FACTOR if name.startswith("gradient") else accuracy.FORWARD_FACTOR
             verdict = accuracy.judge(ours, torchs, exact, factor=factor)
-            share = verdict.error / verdict.allowed
             if not verdict.ok:
-                return f"wrong {name}: {share:.3g}x the allowed error", share
-            worst = max(worst, share)
+                return f"wrong {name}: {verdict.share:.3g}x the allowed error", verdict.share
+            worst = max(worst, verdict.share)
         return problem, None if problem else worst
 
     def difference(self, mode: str, call: Call) -> str:
@@ -80,8 +89,22 @@ class Check:
             answers = call()
         except Exception as error:
             return (), describe(error)
+        finally:
+            overwritten = self._restore()
+        if overwritten:
+            return (), f"overwrites {', '.join(overwritten)}"
         shapes, expected = ([tuple(x.shape) for x in xs] for xs in (answers, self.torchs[mode]))
         return (answers, "") if shapes == expected else ((), f"wrong shapes {shapes}, not {expected}")
+
+    def _restore(self) -> list[str]:
+        """The names of what was given to the calls and has other values now; gives those back."""
+        overwritten = []
+        for name, (x, drawn) in self.given.items():
+            if not torch.equal(x, drawn):
+                overwritten.append(name)
+                with torch.no_grad():
+                    x.copy_(drawn)
+        return overwritten
 
 
 def caller(mode: str, function: Function, inputs: dict[str, Tensor], grad_outputs: list[Tensor]) -> Call:
@@ -101,11 +124,6 @@ def caller(mode: str, function: Function, inputs: dict[str, Tensor], grad_output
         return outputs + backward(outputs)
 
     return {FORWARD: torch.no_grad()(forward), BACKWARD: Staged(forward, backward), TRAINING: training}[mode]
-
-
-def describe(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

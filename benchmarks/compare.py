@@ -18,6 +18,8 @@ of a commit hardly ever have is an operation whose rows moved one way together. 
 
 None of the 3 pairs has a finding by this, and one of the 25: an operation that ran while other programs started. An
 operation whose rows were all made 20% slower is found in 94% of the cases with a core to itself, in 49% of the others.
+
+The curves over sizes and the GPT trained both ways are not compared: they have no rows, and one number each.
 """
 
 from __future__ import annotations
@@ -28,18 +30,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .report import FORMAT, noise
+from .report import FORMAT, WIDTH, Results, noise
 from .table import shorten, wrap
 from .timing import Timing, interval_rank
 
-WIDTH = 100
 FLOOR, FLOOR_OF_MOST, FLOOR_ALONE, LONE_FACTOR = 1.05, 1.08, 1.08, 2.0
 ALL, MOST = 0.95, 0.78  # confidence of the intervals of an operation's median
 FEWEST_SAMPLES = 6  # with a 95% interval
 # What makes times comparable, from the environment; the rest (load, clock) differs from run to run.
 IDENTITY = ("processor", "threads", "gpu", "driver", "system", "versions")
 
-Results = Mapping[str, Any]
 Key = tuple[str, str, str, str]  # operation, shape, dtype, mode
 
 

@@ -8,15 +8,18 @@ fresh outputs included.
 from __future__ import annotations
 
 import random
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 
-from .case import BACKWARD, FORWARD, IMPLEMENTATIONS, MODES, OURS, TRAINING, Case, Function, Work, short_name
+from .case import AUTOTUNED, BACKWARD, COMPILE, FORWARD, MODES, OURS, TRAINING, Case, Function, Work, short_name
 from .checking import Check, as_tuple, caller, describe
+from .limits import Limits, resident_seconds
 from .memory import peak_bytes
 from .pace import Pace
 from .timing import Call, CpuTimer, CudaTimer, Timer, Timing, captured, host_seconds, measure, timer_for
@@ -26,7 +29,6 @@ __all__ = [
     "BACKWARD",
     "COMPILE",
     "FORWARD",
-    "IMPLEMENTATIONS",
     "MODES",
     "OURS",
     "TRAINING",
@@ -41,14 +43,14 @@ __all__ = [
     "Timing",
     "Work",
     "measure",
+    "of_each",
     "peers",
-    "resident_seconds",
     "run_case",
     "short_name",
     "timer_for",
 ]
 
-COMPILE, AUTOTUNED = "compile", "compile: max-autotune"
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,7 +67,7 @@ class Row:
     problem: str = ""
     error_share: float | None = None  # the worst row's error as a share of what the rule allows
     peers: dict[str, Timing | str] = field(default_factory=dict)
-    limit: str = ""  # what bounds the case: one of Limits.bound
+    limit: str = ""  # what bounds the case: one of Limits.bound, "" where no limits were measured
     limit_seconds: float = 0.0
     bytes: int = 0  # of Work
     flops: int = 0
@@ -82,29 +84,7 @@ class Row:
 
     def limit_share(self) -> float | None:
         """The share of the machine's limit that ours reaches."""
-        return self.limit_seconds / self.ours.median if self.ours else None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the machine can do, measured in this run. Bytes/s depend on how many bytes there are: caches."""
-
-    copy: dict[int, float]  # bytes read and written -> bytes/s
-    read: dict[int, float]  # bytes -> bytes/s
-    product: dict[torch.dtype, float]  # FLOP/s
-    drift: float = 0.0  # how far the copy rates at the run's end are from the first ones, as a share
-
-    def bound(self, work: Work, dtype: torch.dtype, resident: float = 0.0) -> tuple[str, float]:
-        """(name, seconds) of the limit that binds: "copy", "read", "product", or "resident", see resident_seconds."""
-        name, rates = ("read", self.read) if work.reads else ("copy", self.copy)
-        measured = max((size for size in rates if size <= work.bytes), default=min(rates))
-        limits = {
-            name: work.bytes / rates[measured],
-            "product": work.flops / self.product[dtype],
-            "resident": resident,
-        }
-        binding = max(limits, key=limits.__getitem__)
-        return binding, limits[binding]
+        return self.limit_seconds / self.ours.median if self.ours and self.limit else None
 
 
 def run_case(case: Case, backend: str, timer: Timer, limits: Limits, pace: Pace, rng: random.Random) -> Iterator[Row]:
@@ -140,58 +120,85 @@ def _fill(
 ) -> None:
     """The verdict, and where it is good the times, of ours and the peers, and what else is measured of them."""
     device = check.grad_outputs[0].device
-    functions: dict[str, Function] = {OURS: case.ours}
+    plain: dict[str, Call] = {}  # the calls as they are without CUDA graphs
     calls: dict[str, Call] = {}
 
-    def ready(function: Function) -> Call:
-        call = check.caller(row.mode, function)
-        return captured(call, device) if pace.cuda_graphs else call
+    def ready(name: str, function: Function) -> str:
+        """Makes the call and looks at its first answer: what is wrong, or ""."""
+        plain[name] = check.caller(row.mode, function, copies=name in case.in_place)
+        try:
+            calls[name] = captured(plain[name], device) if pace.cuda_graphs else plain[name]
+        except Exception as error:
+            return f"no CUDA graph: {describe(error)}"
+        if name != OURS:
+            return check.difference(row.mode, calls[name])
+        problem, row.error_share = check.verdict(row.mode, calls[name])
+        return problem
 
-    try:
-        calls[OURS] = ready(case.ours)
-    except Exception as error:
-        row.problem = f"no CUDA graph: {describe(error)}"
-        return
-    row.problem, row.error_share = check.verdict(row.mode, calls[OURS])
+    row.problem = ready(OURS, case.ours)
     if row.problem:
         return
     for name, function in contestants:
-        if isinstance(function, str):
-            row.peers[name] = function
-            continue
-        try:
-            call = ready(function)
-        except Exception as error:
-            row.peers[name] = f"no CUDA graph: {describe(error)}"
-            continue
-        if problem := check.difference(row.mode, call):
+        if problem := function if isinstance(function, str) else ready(name, function):
             row.peers[name] = problem
-        else:
-            functions[name], calls[name] = function, call
+            calls.pop(name, None)
     timings = measure(calls, timer, pace, rng)
+    _look_again(row, check, calls, timings)
+    if row.problem:
+        return
     row.ours = timings.pop(OURS)
     row.peers |= timings
-    row.memory = {name: peak_bytes(check.caller(row.mode, function), device) for name, function in functions.items()}
-    row.overhead = _overhead(row.mode, case, check, functions, calls)
-
-
-def _overhead(
-    mode: str, case: Case, check: Check, functions: dict[str, Function], calls: dict[str, Call]
-) -> dict[str, float]:
-    """Row.overhead: on a GPU of the calls as they were timed, on a CPU of the same functions on a single row."""
-    device = check.grad_outputs[0].device
+    timed = [OURS, *(name for name, timing in timings.items() if isinstance(timing, Timing))]
+    # Under "max-autotune" torch.compile keeps a CUDA graph's memory in a pool where it is not seen.
+    pooled = [AUTOTUNED] if device.type == "cuda" and not pace.cuda_graphs else []
+    row.memory = of_each(partial(peak_bytes, device=device), {n: plain[n] for n in timed if n not in pooled})
     if device.type == "cuda":
-        return {name: host_seconds(call, device) for name, call in calls.items()}
-    if case.few is None:
-        return {}
+        row.overhead = of_each(partial(host_seconds, device=device), {name: calls[name] for name in timed})
+    elif case.few is not None:
+        functions = {OURS: case.ours} | {name: f for name, f in contestants if name in timed}
+        row.overhead = _overhead_of_a_row(row.mode, case, check, functions)
+
+
+def _look_again(row: Row, check: Check, calls: dict[str, Call], timings: dict[str, Timing | str]) -> None:
+    """Puts what is wrong now into the row's problem, or in place of a peer's time: first answers prove little of a
+    CUDA graph that is replayed, or of a kernel that is chosen by the calls before."""
+    for name, call in calls.items():
+        if isinstance(timings[name], str):
+            problem = timings[name]
+        elif name == OURS:
+            problem, share = check.verdict(row.mode, call)
+            row.error_share = max(row.error_share, share or 0.0)
+            problem = problem and f"after {timings[name].samples} calls: {problem}"
+        else:
+            problem = check.difference(row.mode, call)
+        if problem and name == OURS:
+            row.problem = problem
+        elif problem:
+            timings[name] = problem
+
+
+def of_each(measured: Callable[[Call], T], calls: dict[str, Call]) -> dict[str, T]:
+    """By name, without those that raise: what has a time has it whatever else can't be measured of it."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = measured(call)
+        except Exception as error:
+            print(f"{name}: {describe(error)}", file=sys.stderr)
+    return found
+
+
+def _overhead_of_a_row(mode: str, case: Case, check: Check, functions: dict[str, Function]) -> dict[str, float]:
+    """Row.overhead on a CPU."""
     inputs = {name: x.requires_grad_(check.inputs[name].requires_grad) for name, x in case.few(1).items()}
     with torch.no_grad():
         grad_outputs = [torch.randn_like(x) for x in as_tuple(case.ours(**inputs))]
-    return {
-        name: host_seconds(caller(mode, function, inputs, grad_outputs), device)
+    calls = {
+        name: caller(mode, function, inputs, grad_outputs)
         for name, function in functions.items()
         if name not in (COMPILE, AUTOTUNED)  # would be compiled again
     }
+    return of_each(partial(host_seconds, device=check.grad_outputs[0].device), calls)
 
 
 def peers(case: Case, pace: Pace) -> Iterator[tuple[str, Function | str]]:
@@ -216,21 +223,3 @@ def _compiled(function: Function, mode: str | None) -> Function:
 
         select_algorithm.PRINT_AUTOTUNE = False  # a table for each product, over the progress bar
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
-
-
-def resident_seconds(case: Case) -> float:
-    """The CPU kernel's forward over rows that don't leave the first caches: what its arithmetic alone takes.
-
-    From what one thread needs for 16 rows more than for 8, so that the call itself doesn't count.
-    """
-    if case.few is None:
-        return 0.0
-    threads, timer = torch.get_num_threads(), CpuTimer()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            calls = {rows: partial(case.ours, **case.few(rows)) for rows in (8, 24)}
-            best = {rows: min(timer(call) for _ in range(1000)) for rows, call in calls.items()}
-    finally:
-        torch.set_num_threads(threads)
-    return (best[24] - best[8]) / 16 * case.rows / threads

@@ -1,4 +1,4 @@
-"""The machine: what it is, and what it can do at most, measured."""
+"""The machine that a run is on: what a reader needs to judge its numbers, or to repeat them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +17,6 @@ import torch
 import fastformer
 from fastformer import backends, tuning
 
-from .harness import Limits, Timer
-from .timing import Call
-
-SECONDS = 0.4  # of calls for each limit
 # Whose versions matter, where they are installed: what is imported -> what pip calls it.
 PACKAGES = {
     "triton": "triton",
@@ -37,76 +32,6 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_limits(
-    device: torch.device, timer: Timer, dtypes: Iterable[torch.dtype] = (torch.float32, torch.bfloat16)
-) -> Limits:
-    """The best of many copies and matrix products; a limit is what can be reached, so no median here."""
-    sizes = [2**20 * megabytes for megabytes in (1, 4, 12, 24)] if device.type == "cpu" else []
-    sizes.append(memory_bytes(device))
-    return Limits(
-        copy={size: copy_rate(size, device, timer) for size in sizes},
-        read={size: read_rate(size, device, timer) for size in sizes},
-        product={dtype: product_rate(dtype, device, timer) for dtype in dtypes},
-    )
-
-
-def copy_drift(limits: Limits, device: torch.device, timer: Timer) -> float:
-    """How far the rate of copies in main memory is from the one measured first, as a share: 0.1 is 10% faster."""
-    size = memory_bytes(device)
-    return copy_rate(size, device, timer) / limits.copy[size] - 1
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Enough that caches don't hold it."""
-    return 8 * cache_bytes(device)
-
-
-def copy_rate(total: int, device: torch.device, timer: Timer) -> float:
-    """Bytes/s, read and written, between two buffers of ``total`` bytes together."""
-    source, target = torch.randn(2, total // 8, device=device)
-    return 2 * source.nbytes / _best(partial(target.copy_, source), timer)
-
-
-def read_rate(total: int, device: torch.device, timer: Timer) -> float:
-    """Bytes/s of a sum or a dot product over ``total`` bytes."""
-    halves = torch.randn(2, total // 8, device=device)
-    return halves.nbytes / min(_best(halves.sum, timer), _best(partial(torch.dot, *halves), timer))
-
-
-def product_rate(dtype: torch.dtype, device: torch.device, timer: Timer) -> float:
-    """FLOP/s of a large square matrix product; of a small one where a large one takes seconds: float16 on most CPUs."""
-    if device.type == "cuda":
-        return _product_rate(8192, dtype, device, timer)
-    rate = _product_rate(256, dtype, device, timer)
-    return rate if 2 * 1536**3 / rate > 8.0 else max(rate, _product_rate(1536, dtype, device, timer))
-
-
-def _product_rate(size: int, dtype: torch.dtype, device: torch.device, timer: Timer) -> float:
-    a, b, out = torch.randn(3, size, size, device=device).to(dtype)
-    seconds = _best(partial(torch.mm, a, b, out=out), timer)
-    # torch.mm's library holds AMD processors to AVX2 in float32; torch's other one shows what the machine can do.
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if device.type == "cpu" and dtype == torch.float32 and onednn is not None:
-        seconds = min(seconds, _best(partial(onednn, a, b, None, "none", [], ""), timer))
-    return 2 * size**3 / seconds
-
-
-def _best(call: Call, timer: Timer) -> float:
-    times: list[float] = []
-    while len(times) < 20 or sum(times) < SECONDS:
-        times.append(timer(call))
-    return min(times)
-
-
-def cache_bytes(device: torch.device) -> int:
-    """Size of the last-level cache; 16 MiB where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    units = {"K": 2**10, "M": 2**20}
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=16 * 2**20)
-
-
 def environment(device: torch.device) -> dict[str, str]:
     """What a reader needs to judge the numbers, or to repeat them. A number that comes first counts for reports."""
     facts = {
@@ -114,6 +39,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "processor": f"{tuning.processor_name()}, torch at {torch.backends.cpu.get_cpu_capability()},"
         f" fastformer at {backends.CPU_LEVEL or 'none (not built)'}",
         "threads": f"{torch.get_num_threads()} of torch, {available_threads()} cores for this process",
+        "tuning": backends.tables_in_use(),
         "clock": _clock(),
         "system": platform.platform(),
         "versions": f"fastformer {fastformer.__version__}{_commit()}, {_versions()}",

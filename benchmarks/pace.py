@@ -33,8 +33,8 @@ class Pace:
     done: float = 0.0
 
     def wants(self, name: str) -> bool:
-        """Is this contestant to be timed? Ours always is."""
-        names = {name, name.partition(":")[0]}
+        """Is this contestant to be timed? Ours always is; "ours: compile" goes with the compiled peers."""
+        names = {name, name.removeprefix(f"{OURS}: ").partition(":")[0]}
         return name == OURS or ((not self.only or not names.isdisjoint(self.only)) and names.isdisjoint(self.skip))
 
     def behind(self) -> float:

@@ -16,6 +16,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .checking import describe
 from .harness import Function
 
 DEVICES = ("cuda",)  # that the packages' kernels run on
@@ -85,7 +86,7 @@ def causal_mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> 
 
 @dataclass(frozen=True)
 class Package:
-    """A package with kernels for GPUs."""
+    """What need not be installed; ``dtypes``: that its kernels for GPUs take."""
 
     module: str
     name: str  # pip's
@@ -112,12 +113,15 @@ def _made(name: str, make: Maker, device: torch.device, dtype: torch.dtype, sett
         return f"does not take {str(dtype).removeprefix('torch.')}"
     try:
         return make(**settings)
-    except ModuleNotFoundError as error:
-        if error.name == package.module:
-            return f"not installed: pip install {package.name}"
-        return f"{package.name} can't be imported: {error}"
-    except (ImportError, OSError) as error:  # built for another torch or CUDA
-        return f"{package.name} can't be imported: {error}"
+    except Exception as error:
+        return why_not_imported(error, package)
+
+
+def why_not_imported(error: Exception, package: Package) -> str:
+    """What an import has raised: anything, of a package that was built for another torch or CUDA."""
+    if isinstance(error, ModuleNotFoundError) and error.name == package.module:
+        return f"not installed: pip install {package.name}"
+    return f"{package.module} can't be imported: {describe(error)}"
 
 
 def _liger_softmax() -> Function:
@@ -256,7 +260,7 @@ def _quack_linear_cross_entropy() -> Function:
 def _liger_rotary() -> Function:
     from liger_kernel.transformers.functional import liger_rope
 
-    # It rotates in place tensors whose heads lie inside of positions. Ours don't: it makes copies and rotates those.
+    # In place, where the heads lie inside of the positions.
     def call(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return liger_rope(query, key, cos, sin, rotary_dim=2 * cos.shape[-1])
 

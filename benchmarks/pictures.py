@@ -385,7 +385,8 @@ def _losses(run: dict) -> Figure:
     for (name, losses), color, style in zip(run["losses"].items(), (BLUE, OURS), ("-", "--")):
         speed = run["tokens_per_second"].get(name)
         label = name + (f", {speed:.0f} tokens/s" if speed else "")
-        axes.plot(range(1, len(losses) + 1), losses, style, color=color, linewidth=2, label=label)
+        values = [math.nan if loss is None else loss for loss in losses]
+        axes.plot(range(1, len(losses) + 1), values, style, color=color, linewidth=2, label=label)
     axes.set(xlabel="step", ylabel="training loss (nats a token)", title=run["model"])
     axes.legend()
     return figure

@@ -233,51 +233,65 @@ class PlainBERT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+Cache = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values [B, G, T, D] of each layer
+
+
 class Generator:
-    """Greedy generation with a cache of keys and values in room allotted once.
+    """Greedy generation with a cache of keys and values in room allotted once, anew in each call.
 
     Eagerly, a step attends to the part of the cache that is filled. A compiled step's shapes must not change: it
-    attends to all of it, under a mask.
+    attends to all of it, under a mask. A CUDA graph writes to the cache that it was recorded with: there all calls have
+    one, allotted before them.
 
     Args:
         model: PlainGPT or PlainLlama.
         batch: B.
-        room: the most positions.
+        room: T, the most positions.
         compile_options: those of torch.compile for the steps behind the prompt; None to run them eagerly.
     """
 
     def __init__(self, model: Decoder, batch: int, room: int, compile_options: dict[str, object] | None = None) -> None:
         self.model = model
-        attention, weight = model.blocks[0].attention, model.token_embedding.weight
-        shape = (batch, attention.num_kv_heads, room, attention.head_dim)
-        # Zeros: what is masked must be finite.
-        self.cache = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in model.blocks]
-        self.places = torch.arange(room, device=weight.device)
-        self.compiled = None
+        attention = model.blocks[0].attention
+        self.shape = (batch, attention.num_kv_heads, room, attention.head_dim)
+        self.places = torch.arange(room, device=model.token_embedding.weight.device)
+        self.compiled, self.kept = None, None
         if compile_options is not None:
-            for tensor in itertools.chain(*self.cache):
-                torch._dynamo.mark_static_address(tensor)  # a CUDA graph writes to it in place
             self.compiled = torch.compile(self.masked_step, **compile_options)
+            if compile_options.get("mode") == "reduce-overhead":
+                self.kept = self.cache()
+                for tensor in itertools.chain(*self.kept):
+                    torch._dynamo.mark_static_address(tensor)
 
-    def logits(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    def cache(self) -> Cache:
+        """An empty one."""
+        if self.kept is not None:
+            return self.kept
+        weight = self.model.token_embedding.weight
+        # Zeros where a mask hides what is not filled: it must be finite.
+        new = weight.new_empty if self.compiled is None else weight.new_zeros
+        return [(new(self.shape), new(self.shape)) for _ in self.model.blocks]
+
+    def logits(self, tokens: torch.Tensor, start: int, cache: Cache) -> torch.Tensor:
         """Of the last of tokens [B, S], which are at positions from ``start`` on: [B, V]. S is 1 behind others."""
         end = start + tokens.shape[1]
         if self.compiled is not None and start:
-            return self.compiled(tokens, self.places[start:end])
-        filled = [(keys[:, :, :end], values[:, :, :end]) for keys, values in self.cache]
+            return self.compiled(tokens, self.places[start:end], cache)
+        filled = [(keys[:, :, :end], values[:, :, :end]) for keys, values in cache]
         features = self.model.features(tokens, self.places[start:end], filled)
         return self.model.unembed(features[:, -1])
 
-    def masked_step(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def masked_step(self, tokens: torch.Tensor, position: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Logits [B, V] of tokens [B, 1] at ``position`` [1]."""
-        features = self.model.features(tokens, position, self.cache, self.places[None] <= position)
+        features = self.model.features(tokens, position, cache, self.places[None] <= position)
         return self.model.unembed(features[:, -1])
 
     @torch.no_grad()
     def generate(self, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
         """[B, S] -> [B, S + new_tokens], always the likeliest token."""
+        cache = self.cache()
         tokens, pending = prompt, prompt
         for _ in range(new_tokens):
-            pending = self.logits(pending, tokens.shape[1] - pending.shape[1]).argmax(-1, keepdim=True)
+            pending = self.logits(pending, tokens.shape[1] - pending.shape[1], cache).argmax(-1, keepdim=True)
             tokens = torch.cat((tokens, pending), dim=1)
         return tokens

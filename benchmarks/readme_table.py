@@ -320,7 +320,7 @@ def index(files: Sequence[Kept]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Rewrites README.md, the index and the pictures. Exit status 2, and nothing written, if that can't be done."""
+    """Rewrites README.md, the index and the pictures. Exit status 2, and nothing written, if results can't be used."""
     parser = argparse.ArgumentParser(description="Writes README.md's tables and pictures of the results that are kept.")
     parser.add_argument("root", type=Path, nargs="?", default=Path(), help="of the repository (.)")
     root = parser.parse_args(argv).root

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .harness import Limits, Row, Timing, short_name
 from .table import Line, compact, lay_out, number, percent, shorten, wrap
@@ -38,9 +40,9 @@ def collect(
     interrupted: bool = False,
 ) -> Results:
     """One object with all that was found: "format", "environment", "limits", "rows", "scaling", "end_to_end",
-    "interrupted". A row has the fields of Row and "speedups", "limit_share", "spread".
+    "interrupted". A row has the fields of Row and "speedups", "limit_share", "spread". No number is infinite or NaN.
     """
-    return {
+    found = {
         "format": FORMAT,
         "environment": environment,
         "limits": {
@@ -57,6 +59,16 @@ def collect(
         "end_to_end": end_to_end,
         "interrupted": interrupted,
     }
+    return _finite(found)
+
+
+def _finite(found: Any) -> Any:
+    """None in place of infinities and NaN, which JSON has not."""
+    if isinstance(found, dict):
+        return {name: _finite(x) for name, x in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_finite(x) for x in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _spread(timing: Timing | None) -> float | None:
@@ -66,7 +78,7 @@ def _spread(timing: Timing | None) -> float | None:
 def write_json(results: Results, path: Path) -> None:
     """The results, whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 

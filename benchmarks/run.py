@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 
 from fastformer import backends
+from fastformer.cli import BENCHMARK_PACKAGES, MODEL_PACKAGES
 from fastformer.tuning import DTYPES
 
-from . import compare, html_report, machine, pictures, report, scaling
+from . import compare, html_report, pictures, report, scaling
+from .case import AUTOTUNED, COMPILE, FORWARD, IMPLEMENTATIONS, MODES, TRAINING, VARIANTS
 from .checking import describe
-from .harness import FORWARD, IMPLEMENTATIONS, MODES, TRAINING, Pace
-from .suite import BACKENDS, EVERYTHING, SUITES, Found, Runner
+from .pace import Pace
+from .suite import BACKENDS, EVERYTHING, SUITES, TORCHS, Found, Runner
 
-PACKAGES = ("matplotlib", "tqdm", "tokenizers", "safetensors", "numpy")
 LISTS = {  # option -> (what can be in it, what is in it unless it is given)
     "--mode": (MODES, (FORWARD, TRAINING)),
     "--dtype": (tuple(DTYPES), ("float32", "bfloat16")),
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     for folder in (options.out, data.parent, page.parent):  # better known now than when all is done
         folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(machine.available_threads())
+    torch.set_num_threads(options.threads or threads)
     try:
         found = _runner(options).run()
     finally:
@@ -89,13 +90,13 @@ def _runner(options: argparse.Namespace) -> Runner:
     torch.manual_seed(0)
     suite = SUITES[options.suite]
     only, skip = options.only or (), options.skip or ()
-    compiles = suite.compiles or "compile" in only
+    compiles = suite.compiles or any(name.endswith(COMPILE) for name in only) or AUTOTUNED in only
     pace = Pace(
         row_seconds=suite.row_seconds,
         modes=options.mode,
         only=only,
-        skip=(*skip, *([] if compiles else ["compile"])),
-        thorough=suite.thorough or "compile: max-autotune" in only,
+        skip=(*skip, *([] if compiles else [COMPILE])),
+        thorough=suite.thorough or AUTOTUNED in only,
         cuda_graphs=options.cuda_graphs,
         suite_seconds=suite.seconds,
     )
@@ -110,7 +111,7 @@ def _runner(options: argparse.Namespace) -> Runner:
 
 
 def _require(options: argparse.Namespace) -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in MODEL_PACKAGES + BENCHMARK_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} not installed: pip install fastformer[bench]")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -120,6 +121,11 @@ def _require(options: argparse.Namespace) -> None:
     for suite, device in (("cpu", "cpu"), ("gpu", "cuda")):
         if options.suite == suite and options.device != device:
             raise ValueError(f"--device: {options.device}, must be {device} with --suite {suite}")
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads: {options.threads}, must be at least 1")
+    lacking = sorted(TORCHS[options.device].intersection(options.op or ()))
+    if lacking:
+        raise ValueError(f"--op: {', '.join(lacking)}, which on {options.device} are torch's own")
     if options.cuda_graphs and options.device != "cuda":
         raise ValueError(f"--cuda-graphs: there are none on {options.device}, must be with --device cuda")
 
@@ -153,8 +159,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         " torch.compile; full: everything there is, within 25 minutes on 2 cores; gpu: everything that matters on one",
     )
     add_list("--op", EVERYTHING, f"run these parts alone (those of the suite): {', '.join(EVERYTHING)}")
-    add_list("--only", IMPLEMENTATIONS, f"time these beside ours alone (all): {', '.join(IMPLEMENTATIONS[1:])}")
-    add_list("--skip", IMPLEMENTATIONS[1:], "leave these out; either takes one of several too: 'sdpa: flash'")
+    known = (*IMPLEMENTATIONS, *VARIANTS)
+    add_list(
+        "--only", known, f"time these beside ours alone (all): {', '.join(known[1:])}; sdpa means all of its kernels"
+    )
+    add_list("--skip", known[1:], "leave these out, of the same names")
     for option, (names, default) in LISTS.items():
         add_list(option, names, f"of {', '.join(names)} ({','.join(default)})")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,6 +172,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--backend",
         choices=sorted({*BACKENDS.values(), "cuda"}),
         help=f"of our kernels ({', '.join(f'{backend} on {kind}' for kind, backend in BACKENDS.items())})",
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=f"of torch on a CPU (as it chooses itself: {torch.get_num_threads()})"
     )
     parser.add_argument("--cuda-graphs", action="store_true", help="time replays of captured calls, without the host")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("benchmark-results"), help="(%(default)s)")
@@ -177,9 +189,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _names(known: Sequence[str], text: str) -> list[str]:
-    """The names in a list with commas, of which those with a colon are only known up to that."""
+    """The names in a list with commas."""
     names = text.split(",")
     for name in names:
-        if name not in known and not (":" in name and name.partition(":")[0] in IMPLEMENTATIONS and "eager" in known):
+        if name not in known:
             raise argparse.ArgumentTypeError(f"{name!r} must be among {', '.join(known)}")
     return names

@@ -84,12 +84,15 @@ def _point(
     sizing: Sizing, dtype: torch.dtype, threads: int, backend: str, timer: Timer, pace: Pace, rng: random.Random
 ) -> Point | Row:
     verdict = accuracy.judge(sizing.part(sizing.ours()), sizing.part(sizing.torch()), sizing.exact())
+    row = Row(sizing.operation, f"{sizing.axis} {sizing.size}", short_name(dtype), FORWARD, backend)
     if not verdict.ok:
-        share = verdict.error / verdict.allowed
-        row = Row(sizing.operation, f"{sizing.axis} {sizing.size}", short_name(dtype), FORWARD, backend)
-        row.problem, row.error_share = f"wrong output: {share:.3g}x the allowed error", share
+        row.problem, row.error_share = f"wrong output: {verdict.share:.3g}x the allowed error", verdict.share
         return row
     timings = measure({OURS: sizing.ours, "torch": sizing.torch}, timer, pace, rng)
+    failures = [f"{name}: {timing}" for name, timing in timings.items() if isinstance(timing, str)]
+    if failures:
+        row.problem = "; ".join(failures)
+        return row
     seconds = {name: timing.median for name, timing in timings.items()}
     return Point(sizing.operation, short_name(dtype), sizing.axis, sizing.size, threads, **seconds)
 

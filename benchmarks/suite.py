@@ -16,7 +16,7 @@ import torch
 import fastformer
 from fastformer import backends
 
-from . import bench_hugging_face, bench_models, machine, scaling
+from . import bench_hugging_face, bench_models, limits, machine, scaling
 from .checking import describe
 from .harness import Case, Limits, Pace, Row, Timer, run_case, timer_for
 from .scaling import Point
@@ -44,6 +44,8 @@ SUITES = {
     "full": Suite(EVERYTHING, row_seconds=0.7, seconds=1320, thorough=True),
     "gpu": Suite(EVERYTHING, row_seconds=0.2, seconds=440, thorough=True),
 }
+# Operations of which there is no kernel of ours on a kind of device: they would be torch's beside torch's.
+TORCHS = {"cpu": frozenset(), "cuda": frozenset({"linear"})}
 BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of device, whatever `auto` would choose
 # Seconds that are expected of each piece: for the schedule and the progress bar.
 LIMITS_SECONDS = 8.0
@@ -132,7 +134,10 @@ class Runner:
             yield Part(str(case), self._expected(case), partial(self._case, case))
         if MODELS in self.names:
             yield Part("whole models", MODEL_SECONDS * bench_models.COUNT, self._models)
-        if HUGGING_FACE in self.names:
+        lacking = bench_hugging_face.missing() if HUGGING_FACE in self.names else ""
+        if lacking:
+            self.found.environment["left out"] = f"models of Hugging Face: {lacking}"
+        elif HUGGING_FACE in self.names:
             seconds = HUGGING_FACE_SECONDS * bench_hugging_face.COUNT
             yield Part("models of Hugging Face", seconds, self._hugging_face)
         if SCALING in self.names:
@@ -151,10 +156,10 @@ class Runner:
 
     def _limits(self, advance: Advance) -> None:
         dtypes = dict.fromkeys((torch.float32, torch.bfloat16, *self.dtypes))
-        self.found.limits = machine.measure_limits(self.device, self.timer, dtypes)
+        self.found.limits = limits.measure_limits(self.device, self.timer, dtypes)
 
     def _drift(self, advance: Advance) -> None:
-        drift = machine.copy_drift(self.found.limits, self.device, self.timer)
+        drift = limits.copy_drift(self.found.limits, self.device, self.timer)
         self.found.limits = replace(self.found.limits, drift=drift)
 
     def _case(self, case: Case, advance: Advance) -> None:
@@ -163,8 +168,7 @@ class Runner:
                 self.found.rows.append(row)
 
     def _models(self, advance: Advance) -> None:
-        arguments = (self.device, self.timer, self.found.limits, self.pace, self.rng, self.pace.wants)
-        for row in bench_models.rows(*arguments):
+        for row in bench_models.rows(self.device, self.timer, self.found.limits, self.pace, self.rng):
             self.found.rows.append(row)
             advance(MODEL_SECONDS)
 
@@ -196,7 +200,7 @@ def cases_of(
 ) -> Iterator[Case]:
     """Those of the named operations, the dtypes of one shape side by side."""
     for name in (*OPERATIONS, *MORE_OPERATIONS):
-        if name not in names:
+        if name not in names or name in TORCHS[device.type]:
             continue
         cases = import_module(f".bench_{name}", __package__).cases
         known = [dtype for dtype in dtypes if backend != "cuda" or dtype in _cuda_dtypes(name)]

@@ -37,7 +37,7 @@ def test_operation(check: tuple[Case, Check], mode: str, contestant: str, benchm
             benchmark.extra_info["error_share"] = share
         else:
             function = dict(peers(case, Pace(only=[contestant])))[contestant]
-            call = right.caller(mode, function)
+            call = right.caller(mode, function, copies=contestant in case.in_place)
             if problem := right.difference(mode, call):
                 pytest.skip(problem)
         if isinstance(call, Staged):

@@ -91,7 +91,7 @@ def prepared(call: Call) -> Call:
 class CpuTimer:
     """Seconds of one call by the wall clock. The result is freed outside of the measurement.
 
-    Caches are as the call before has left them, which was another contestant's, on the same inputs.
+    Caches are as what ran before has left them: mostly another contestant on the same inputs, or the first stage.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -130,33 +130,40 @@ def timer_for(device: torch.device) -> Timer:
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
-def measure(calls: dict[str, Call], timer: Timer, pace: Pace, rng: random.Random) -> dict[str, Timing]:
+def measure(calls: dict[str, Call], timer: Timer, pace: Pace, rng: random.Random) -> dict[str, Timing | str]:
     """Times the calls in rounds: each round runs every call once, in random order.
 
-    Rounds before all calls are warm don't count (see WINDOW and what follows it); there is one of them at least.
+    Rounds before all calls are warm don't count (see WINDOW and what follows it); there is one of them at least. A call
+    that raises has no part in what follows, and the reason in place of its time.
     """
     budget = pace.row_budget()
+    failures: dict[str, str] = {}
+    warmup: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
 
-    def run_round(samples: dict[str, list[float]]) -> float:
+    def run_round(seconds: dict[str, list[float]]) -> float:
         spent = 0.0
-        for name in rng.sample(list(calls), len(calls)):
-            seconds = timer(calls[name])
-            samples[name].append(seconds)
-            spent += seconds
+        for name in rng.sample(list(seconds), len(seconds)):
+            try:
+                seconds[name].append(timer(calls[name]))
+            except Exception as error:  # such as too little memory beside what the others keep
+                failures[name] = describe(error)
+                warmup.pop(name, None)
+                samples.pop(name, None)
+            else:
+                spent += seconds[name][-1]
         return spent
 
-    warmup: dict[str, list[float]] = {name: [] for name in calls}
     spent, rounds = run_round(warmup), 1
     while rounds < WARMUP_ROUNDS and spent < WARMUP_SHARE * budget and not all(map(_is_stable, warmup.values())):
         spent += run_round(warmup)
         rounds += 1
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
     spent, rounds = 0.0, 0
     while rounds < pace.min_rounds or (spent < budget and rounds < pace.max_rounds):
         spent += run_round(samples)
         rounds += 1
-    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+    return {name: failures.get(name) or Timing.of(samples[name]) for name in calls}
 
 
 def _is_stable(seconds: list[float]) -> bool:
@@ -164,6 +171,11 @@ def _is_stable(seconds: list[float]) -> bool:
         return False
     before, last = (statistics.median(x) for x in (seconds[-2 * WINDOW : -WINDOW], seconds[-WINDOW:]))
     return abs(last - before) <= STABLE * before
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def host_seconds(call: Call, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -38,6 +38,11 @@ class Verdict:
     rms: float
     rms_allowed: float
 
+    @property
+    def share(self) -> float:
+        """The error as a share of what is allowed, the worst row's or the whole tensor's: above 1 where not ``ok``."""
+        return max(self.error / self.allowed, self.rms / self.rms_allowed)
+
     def __str__(self) -> str:
         return (
             f"error {self.error:.3e}, allowed {self.allowed:.3e}, in row {self.row};"
@@ -53,15 +58,20 @@ def ulp(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def judge(ours: Tensor, torchs: Tensor, reference: Tensor, *, factor: float = FORWARD_FACTOR) -> Verdict:
-    """Apply the rule to tensors of one shape; ``ours.dtype`` sets the ulp. Infinities and NaN must agree exactly."""
+    """Apply the rule to tensors of one shape, on the device of ``reference``; ``ours.dtype`` sets the ulp.
+
+    Infinities and NaN must agree exactly.
+    """
     if not ours.shape == torchs.shape == reference.shape:
         raise ValueError(
             f"ours, torchs, reference: shapes {ours.shape}, {torchs.shape}, {reference.shape} must be equal"
         )
     if ours.numel() == 0:
-        return Verdict(True, 0.0, 0.0, 0, 0.0, 0.0)
+        return Verdict(True, 0.0, 1.0, 0, 0.0, 1.0)
     width = ours.shape[-1] if ours.dim() else 1
-    mine, peer, exact = (x.detach().double().cpu().reshape(-1, width) for x in (ours, torchs, reference))
+    mine, peer, exact = (
+        x.detach().to(reference.device, torch.float64).reshape(-1, width) for x in (ours, torchs, reference)
+    )
     finite = torch.isfinite(exact)
     agree = torch.where(finite, torch.isfinite(mine), (mine == exact) | (mine.isnan() & exact.isnan()))
     exact = torch.where(finite, exact, 0.0)

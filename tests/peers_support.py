@@ -58,8 +58,41 @@ class OverwritesGradient(torch.autograd.Function):
         return kept
 
 
+class GradientOfOne(torch.autograd.Function):
+    """Does nothing. The real one has computed the gradients in the forward pass, for a loss whose gradient is 1."""
+
+    @staticmethod
+    def forward(ctx: object, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad_output: Tensor) -> Tensor:
+        assert grad_output == 1  # else it multiplies all of them
+        return grad_output
+
+
 def maybe_in_place(x: Tensor, in_place: bool) -> Tensor:
     return OverwritesGradient.apply(x) if in_place else x
+
+
+class RotatesInPlace(torch.autograd.Function):
+    """Overwrites x [B, H, S, D], and its gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return RotatesInPlace.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return RotatesInPlace.turn(grad_output, cos, -sin), None, None
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        inside = x.transpose(1, 2)  # [B, S, H, D]
+        assert inside.is_contiguous()  # else it makes a copy
+        return inside.copy_(reference_rotary(x, cos, sin).transpose(1, 2)).transpose(1, 2)
 
 
 def liger_softmax(x: Tensor) -> Tensor:
@@ -101,7 +134,8 @@ def liger_rope(
 ) -> tuple[Tensor, Tensor]:
     width = (cos.shape[-1] if rotary_dim is None else rotary_dim) // 2
     assert 2 * width == q.shape[-1]
-    return reference_rotary(q, cos[..., :width], sin[..., :width]), reference_rotary(k, cos, sin)
+    cos, sin = cos[..., :width], sin[..., :width]
+    return RotatesInPlace.apply(q, cos, sin), RotatesInPlace.apply(k, cos, sin)
 
 
 def reference_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -128,12 +162,12 @@ def liger_fused_linear_cross_entropy(
     chunk_mem_const: int = 1,
 ) -> Tensor:
     assert input.requires_grad == weight.requires_grad == torch.is_grad_enabled()  # else it does more than is timed
-    return torch_functional.cross_entropy(torch_functional.linear(input, weight, bias), target, reduction=reduction)
+    return GradientOfOne.apply(linear_cross_entropy_func(input, weight, bias, target, reduction=reduction))
 
 
 def softmax(x: Tensor) -> Tensor:
     assert x.dim() == 2
-    return x.softmax(-1)
+    return liger_softmax(x)
 
 
 def rmsnorm(

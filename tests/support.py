@@ -120,7 +120,7 @@ class RuleBroken(AssertionError):
 
     def __init__(self, verdict: accuracy.Verdict, name: str) -> None:
         super().__init__(f"{name}: {verdict}")
-        self.excess = max(verdict.error / verdict.allowed, verdict.rms / verdict.rms_allowed)
+        self.excess = verdict.share
 
 
 def _pass(verdict: accuracy.Verdict, name: str) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from bench_support import LIMITS, PACE, Clock, case, double, rows_of, wrong_value
 from torch import Tensor
 
-from fastformer.benchmarks import bench_gpt, harness, machine, report, run, scaling, suite, test_operations
+from fastformer.benchmarks import bench_gpt, harness, limits, machine, report, run, scaling, suite, test_operations
 from fastformer.benchmarks.checking import Check
 from fastformer.benchmarks.harness import BACKWARD, FORWARD, MODES, TRAINING, Pace, Timing, Work
 
@@ -137,6 +138,72 @@ def test_peers_that_cannot_run_say_why() -> None:
     assert list(row.speedups()) == ["eager"] and row.memory.keys() == {"ours", "eager"}
 
 
+class Later:
+    """Doubles, but does something else from its second call on."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        self.calls, self.then = 0, then
+
+    def __call__(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return 2 * input if self.calls == 1 else self.then(input)
+
+
+def test_answers_are_looked_at_again_when_all_is_timed() -> None:
+    forward = {FORWARD: Work(120, 15)}
+    (row,) = rows_of(case(Later(wrong_value), work=forward))
+    assert row.problem.startswith(f"after {PACE.min_rounds} calls: wrong output: ") and row.error_share > 1
+    assert row.ours is None and row.peers == {} and row.memory == {}
+    (row,) = rows_of(case(Later(not_there), work=forward))
+    assert row.problem == "NotImplementedError: no kernel for this device" and row.ours is None
+    peers = {"eager": double, "sdpa": Later(lambda input: 3 * input), "flex": Later(not_there)}
+    (row,) = rows_of(case(peers=peers, work=forward))
+    assert row.problem == "" and list(row.speedups()) == ["eager"] and row.memory.keys() == {"ours", "eager"}
+    assert row.peers["sdpa"] == "computes something else: output"
+    assert row.peers["flex"] == "NotImplementedError: no kernel for this device"
+
+
+def test_kernel_that_overwrites_what_it_is_given() -> None:
+    """In its second row, or the gradient of its output."""
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(context: object, input: Tensor) -> Tensor:
+            return 2 * input
+
+        @staticmethod
+        def backward(context: object, grad: Tensor) -> Tensor:
+            return grad.mul_(2)
+
+    def in_place(input: Tensor) -> Tensor:
+        output = 2 * input
+        input.detach()[1] = 0
+        return output
+
+    assert [row.problem for row in rows_of(case(in_place))] == 2 * ["overwrites input"]
+    assert [row.problem for row in rows_of(case(InPlace.apply))] == ["", "overwrites gradient of output"]
+    peers = {"eager": double, "sdpa": in_place, "flex": InPlace.apply, "liger": in_place}
+    pace = Pace(0.0, modes=MODES)
+    for row in rows_of(case(peers=peers, in_place=("liger",)), pace):
+        assert row.problem == "" and row.error_share == 0 and row.peers["sdpa"] == "overwrites input"
+        assert isinstance(row.peers["liger"], Timing) and "liger" in row.memory
+        assert isinstance(row.peers["flex"], Timing if row.mode == FORWARD else str)
+
+
+def test_what_cannot_be_measured_costs_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(call: object, device: torch.device) -> int:
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(harness, "peak_bytes", no_memory)
+    for row in rows_of(case()):
+        assert row.problem == "" and row.ours is not None and list(row.speedups()) == ["eager"] and row.memory == {}
+
+
+def test_gradient_of_a_loss_is_one() -> None:
+    check = Check(case(double, reference=lambda input: input.sum(), peers={"eager": lambda input: input.sum()}))
+    assert check.grad_outputs[0].item() == 1
+
+
 def test_only_and_skip() -> None:
     the_case = case(peers={"eager": not_there, "sdpa": double, "sdpa: math": double, "flex": double}, judged_by="sdpa")
     assert rows_of(the_case, Pace(0.0, only=["sdpa"]))[0].peers.keys() == {"sdpa", "sdpa: math"}
@@ -195,53 +262,13 @@ def test_cuda_graph_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPa
     assert row.problem.startswith("no CUDA graph: RuntimeError") and row.ours is None
 
 
-def test_limits_bind() -> None:
-    assert LIMITS.bound(Work(bytes=100, flops=0), torch.float32) == ("copy", 100 / 1e11)
-    assert LIMITS.bound(Work(bytes=2000, flops=0), torch.float32) == ("copy", 2000 / 1e11)
-    assert LIMITS.bound(Work(bytes=10**9, flops=0), torch.float32) == ("copy", 0.1)
-    assert LIMITS.bound(Work(bytes=10**9, flops=0, reads=True), torch.float32) == ("read", 0.05)
-    assert LIMITS.bound(Work(bytes=1000, flops=2 * 10**11), torch.bfloat16) == ("product", 1.0)
-    assert LIMITS.bound(Work(bytes=1000, flops=0), torch.float32, 0.5) == ("resident", 0.5)
-
-
-def test_measured_limits_on_a_fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call takes a second, those at the end half of one."""
-    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2**20)
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    seconds = iter([1.0] * 20 * (5 + 2 * 5 + 2) + [0.5] * 20)
-    limits = machine.measure_limits(CPU, lambda call: next(seconds))
-    assert limits.copy == limits.read == {2**20 * megabytes: 2**20 * megabytes for megabytes in (1, 4, 12, 24, 8)}
-    assert limits.product == {torch.float32: 2 * 256**3, torch.bfloat16: 2 * 256**3}  # at that rate no larger product
-    assert machine.copy_drift(limits, CPU, lambda call: next(seconds)) == 1.0
-    with pytest.raises(StopIteration):
-        next(seconds)
-
-
-def test_product_limit_is_of_the_larger_product_where_that_is_quick() -> None:
-    assert machine.product_rate(torch.bfloat16, CPU, lambda call: 1e-3) == 2 * 1536**3 / 1e-3
-
-
-def test_environment_says_what_reports_count() -> None:
+def test_environment_says_what_reports_count(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = machine.environment(CPU)
     assert facts.keys() >= {"processor", "threads", "system", "versions", "load"}
     assert int(facts["threads"].split()[0]) == torch.get_num_threads() and float(facts["load"].split()[0]) >= 0
-    assert f"torch {torch.__version__}" in facts["versions"]
-
-
-def test_resident_seconds_are_those_of_the_rows_alone() -> None:
-    """A call that takes 0.5 ms, and 0.01 ms a row."""
-    import time
-
-    def call(input: Tensor) -> Tensor:
-        end = time.perf_counter() + 5e-4 + 1e-5 * len(input)
-        while time.perf_counter() < end:
-            pass
-        return input
-
-    few = case(call, rows=1000, few=lambda rows: {"input": torch.zeros(rows, 5)})
-    expected = 1e-5 * 1000 / torch.get_num_threads()
-    assert harness.resident_seconds(few) == pytest.approx(expected, rel=0.2)
-    assert harness.resident_seconds(case(call)) == 0
+    assert f"torch {torch.__version__}" in facts["versions"] and "tuning" not in facts
+    monkeypatch.setattr(machine.backends, "tables_in_use", lambda: "cpu of 2026-11-21, 3 entries")
+    assert machine.environment(CPU)["tuning"] == "cpu of 2026-11-21, 3 entries"
 
 
 @pytest.fixture
@@ -294,9 +321,8 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
     """``fastformer bench`` of given cases: (exit status, the JSON)."""
-    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
-    monkeypatch.setattr(machine, "copy_drift", lambda *arguments: -0.02)
-    monkeypatch.setattr(machine, "available_threads", lambda: 1)
+    monkeypatch.setattr(limits, "measure_limits", lambda *arguments: LIMITS)
+    monkeypatch.setattr(limits, "copy_drift", lambda *arguments: -0.02)
 
     def command(cases: list, *arguments: str) -> tuple[int, dict]:
         monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter(cases))
@@ -318,6 +344,25 @@ def test_wrong_kernel_ends_the_command_with_status_1(
     output = capsys.readouterr().out
     assert "wrong output" in output and "data.json" in output
     assert max(map(len, output.partition("\nwritten")[0].splitlines())) <= report.WIDTH
+
+
+def test_numbers_that_are_none_are_null_in_the_json(bench: object, no_pictures: None) -> None:
+    status, results = bench([case(lambda input: torch.nan * input)])
+    assert status == 1 and [row["error_share"] for row in results["rows"]] == [None, None]
+    assert all("inf" in row["problem"] for row in results["rows"])
+
+
+def test_threads_are_torchs_own_or_as_told(bench: object, no_pictures: None) -> None:
+    def ours(input: Tensor) -> Tensor:
+        seen.add(torch.get_num_threads())
+        return 2 * input
+
+    before, seen = torch.get_num_threads(), set()
+    assert bench([case(ours)])[0] == 0 and seen == {before}
+    seen.clear()
+    status, results = bench([case(ours)], "--threads", str(before + 1))
+    assert status == 0 and seen == {before + 1} and torch.get_num_threads() == before
+    assert results["environment"]["threads"].startswith(f"{before + 1} of torch")
 
 
 def test_command_writes_what_it_says(bench: object, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -348,7 +393,7 @@ def test_interruption_before_anything_is_measured(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "measure_limits", interrupt)
+    monkeypatch.setattr(limits, "measure_limits", interrupt)
     status, results = bench([case()])
     assert status == 130 and results["interrupted"] and results["rows"] == []
 
@@ -360,7 +405,7 @@ def test_part_that_raises_does_not_end_the_others(
         raise MemoryError("too little")
 
     monkeypatch.setattr(suite.bench_models, "rows", rows)
-    status, results = bench([case()], "--op", "models,scaling", "--mode", FORWARD)
+    status, results = bench([case()], "--op", "models,scaling", "--mode", FORWARD, "--threads", "1")
     assert status == 1 and len(results["scaling"]) == 2 * 4
     assert [row["problem"] for row in results["rows"]] == ["", "MemoryError: too little"]
 
@@ -383,8 +428,8 @@ def test_slower_than_an_old_run_is_status_3(
 
 def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter([case(), case(shape="second")]))
-    monkeypatch.setattr(machine, "measure_limits", lambda *arguments: LIMITS)
-    monkeypatch.setattr(machine, "copy_drift", lambda *arguments: 0.0)
+    monkeypatch.setattr(limits, "measure_limits", lambda *arguments: LIMITS)
+    monkeypatch.setattr(limits, "copy_drift", lambda *arguments: 0.0)
     pace = Pace(row_seconds=10.0, skip=["compile"])
     seen = []
 
@@ -416,6 +461,7 @@ def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--only", "fused"],
         ["--skip", "ours"],
         ["--skip", "fused: flash"],
+        ["--only", "sdpa: flsh"],
         ["--mode", "fwd+bwd"],
         ["--dtype", "int8"],
         ["--metrics", "speed"],
@@ -433,6 +479,7 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> N
     ("arguments", "message"),
     [
         (["--suite", "gpu"], "--device: cpu, must be cuda with --suite gpu"),
+        (["--threads", "0"], "--threads: 0, must be at least 1"),
         (["--cuda-graphs"], "--cuda-graphs: there are none on cpu"),
         (["--backend", "triton"], "--backend: triton is not available on cpu"),
         (["--compare", __file__], "test_bench.py has no results of this benchmark .JSONDecodeError"),
@@ -449,6 +496,29 @@ def test_arguments_that_do_not_go_together(
     arguments = [argument.format(old=old) for argument in arguments]
     with pytest.raises(ValueError, match=message):
         run.main(["--device", "cpu", "--out", str(tmp_path), *arguments])
+
+
+def test_operations_that_a_gpu_has_none_of_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--op: linear, which on cuda are torch's own"):
+        run.main(["--device", "cuda", "--op", "softmax,linear", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("only", "compiled"),
+    [
+        ("eager", []),
+        ("compile", ["compile", "compile: max-autotune", "ours: compile"]),
+        ("compile: max-autotune", ["compile: max-autotune"]),
+        ("ours: compile", ["ours: compile"]),
+    ],
+)
+def test_asking_for_a_compiled_peer_is_enough(only: str, compiled: list[str]) -> None:
+    """In a suite that compiles nothing otherwise."""
+    pace = run._runner(run._parse(["--suite", "cpu", "--only", only, "--device", "cpu"])).pace
+    names = ("ours", "compile", "compile: max-autotune", "ours: compile")
+    assert list(filter(pace.wants, names)) == ["ours", *compiled]
+    assert pace.thorough == ("compile: max-autotune" in compiled and only != "compile")
 
 
 def test_lists_with_commas_and_repeated_options() -> None:

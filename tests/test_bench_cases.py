@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
@@ -30,6 +31,7 @@ from fastformer.benchmarks.harness import (
     Row,
     run_case,
 )
+from fastformer.benchmarks.suite import TORCHS
 
 MODULES = {
     name: import_module(f"fastformer.benchmarks.bench_{name}")
@@ -108,8 +110,9 @@ def cases_of(name: str, device: str, suite: str, dtypes: tuple[torch.dtype, ...]
     return [case for dtype in dtypes for case in MODULES[name].cases(torch.device(device), dtype, suite)]
 
 
-@pytest.mark.parametrize("device", SUITES)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name, device", [(name, device) for device in SUITES for name in MODULES if name not in TORCHS[device]]
+)
 def test_every_case_is_whole(name: str, device: str) -> None:
     with FakeTensorMode():  # a device that may not be there
         by_suite = {suite: cases_of(name, device, suite, (torch.bfloat16,)) for suite in SUITES[device]}
@@ -136,7 +139,7 @@ def test_every_case_is_whole(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_work_of_both_passes_is_that_of_each(name: str) -> None:
     with FakeTensorMode():
-        cases = cases_of(name, "cuda", "full")
+        cases = cases_of(name, "cpu" if name in TORCHS["cuda"] else "cuda", "full")
     for case in cases:
         if TRAINING not in case.work:
             assert set(case.work) == {FORWARD} and case.work[FORWARD].reads
@@ -292,21 +295,38 @@ def test_reasons_of_small_cases(small: None, fake_packages: None, monkeypatch: p
     }
 
 
-class Missing:
-    """Finds no package of these."""
+class Imports:
+    """What they raise, where a package of the benchmarks is looked for."""
 
     names = ("liger_kernel", "quack", "flash_attn")
 
+    def __init__(self, error: Callable[[str], Exception]) -> None:
+        self.error = error
+
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            raise self.error(name)
+
+    def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(sys, "meta_path", [self, *sys.meta_path])
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError, AttributeError, TypeError])
+def test_packages_that_are_broken(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as built for another torch: their imports raise anything."""
+    Imports(lambda name: error("undefined\nsymbol")).plant(monkeypatch)
+    reasons = peers.optional("rms_norm", torch.device("cuda"), torch.float16, eps=1e-5)
+    assert reasons == {
+        name: f"{module} can't be imported: {error.__name__}: undefined symbol"
+        for name, module in (("liger", "liger_kernel"), ("quack", "quack"))
+    }
 
 
 def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, half = torch.device("cuda"), torch.float16
-    for name in Missing.names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    Imports(lambda name: ModuleNotFoundError(f"No module named {name!r}", name=name)).plant(monkeypatch)
     assert peers.optional("rms_norm", gpu, half, eps=1e-5) == {
         "liger": "not installed: pip install liger-kernel",
         "quack": "not installed: pip install quack-kernels",
@@ -317,7 +337,7 @@ def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peers.optional("attention", torch.device("cpu"), half, is_causal=True) == {"flash-attn": "needs a GPU"}
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))  # another release's
     reason = peers.optional("decoding", gpu, half)["flash-attn"]
-    assert reason.startswith("flash-attn can't be imported: ") and "flash_attn_with_kvcache" in reason
+    assert reason.startswith("flash_attn can't be imported: ") and "flash_attn_with_kvcache" in reason
 
 
 def test_sdpa_kernels_by_name() -> None:

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from bench_models_support import CONFIGS, CPU, DECODERS, pair_of, plant, rows_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastformer.benchmarks import bench_models, harness, plain_models
-from fastformer.benchmarks.bench_models import MODELS, TASKS, Model, Pair, Task, plain_model
-from fastformer.benchmarks.harness import FORWARD, TRAINING, Limits, Pace, Timing
+from fastformer.benchmarks import bench_models, model_jobs, plain_models
+from fastformer.benchmarks.bench_models import MODELS, TASKS, Model, Task
+from fastformer.benchmarks.harness import FORWARD, TRAINING, Timing
+from fastformer.benchmarks.memory import peak_bytes
+from fastformer.benchmarks.model_jobs import Generation, distance, plain_model
 from fastformer.benchmarks.model_work import ModelWork
 from fastformer.benchmarks.plain_models import Generator
 
-TINY = {"vocab_size": 61, "context_length": 32, "num_layers": 2, "d_model": 32}
-CONFIGS = {
-    "gpt2": replace(bench_models.GPT2, **TINY, num_heads=2),
-    "bert": replace(bench_models.BERT_BASE, **TINY, num_heads=2),
-    "llama": replace(bench_models.LLAMA, **TINY, num_heads=4, num_kv_heads=2, d_hidden=48),
-}
-DECODERS = ("gpt2", "llama")
-CPU = torch.device("cpu")
-LIMITS = Limits({1024: 1e9}, {1024: 1e9}, {torch.float32: 1e9, torch.bfloat16: 1e9})
 every_model = pytest.mark.parametrize("name", CONFIGS)
-
-
-def pair_of(name: str) -> Pair:
-    """In float32; the parameters are larger than at the start of training, so that every part has a say."""
-    pair = Pair(CONFIGS[name], CPU, torch.float32)
-    with torch.no_grad():
-        for parameter in pair.plain.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-    return pair
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -85,12 +70,16 @@ def test_plain_models_run_with_only_their_imports_changed(name: str, monkeypatch
     exec(compile(source, "swapped.py", "exec"), swapped.__dict__)
     pair = pair_of(name)
     for model in ("PlainGPT", "PlainBERT", "PlainLlama"):
-        monkeypatch.setattr(bench_models, model, getattr(swapped, model))
+        monkeypatch.setattr(model_jobs, model, getattr(swapped, model))
     model = plain_model(CONFIGS[name])
     model.load_state_dict(pair.plain.state_dict())
     assert type(model).__module__ == "swapped" and type(model.blocks[0].norm1).__module__.startswith("fastformer")
     tokens = pair.random_tokens(2, 3, 17)
-    close(model(*tokens), pair.plain(*tokens))
+    losses = [model(*tokens), pair.plain(*tokens)]
+    close(*losses)
+    gradients = (torch.autograd.grad(loss, list(m.parameters())) for m, loss in zip((model, pair.plain), losses))
+    for ours, plains in zip(*gradients, strict=True):
+        close(ours, plains)
 
 
 @pytest.mark.parametrize("options", [None, {"backend": "eager", "fullgraph": True, "dynamic": False}])
@@ -160,17 +149,7 @@ def test_sizes_are_those_of_the_models_by_name() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models and batches that take milliseconds, and a torch.compile that takes none and changes nothing."""
-    models = {name: Model(config, batch=2, length=16) for name, config in CONFIGS.items()}
-    monkeypatch.setattr(bench_models, "MODELS", {"cpu": models})
-    monkeypatch.setattr(bench_models, "PROMPT", 7)
-    monkeypatch.setattr(bench_models, "NEW_TOKENS", 4)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-
-
-def rows_of(**pace: object) -> Iterator[harness.Row]:
-    found = Pace(**({"row_seconds": 0.0, "min_rounds": 1} | pace))
-    return bench_models.rows(CPU, harness.CpuTimer(), LIMITS, found, random.Random(0), found.wants)
+    plant(monkeypatch)
 
 
 def test_rows_are_checked_and_timed(tiny: None) -> None:
@@ -182,10 +161,10 @@ def test_rows_are_checked_and_timed(tiny: None) -> None:
         ("train_step", "bert 2x16", "bf16", TRAINING),
         ("train_step", "llama 2x16", "bf16", TRAINING),
         ("inference", "bert 2x16", "bf16", FORWARD),
-        ("generation", "gpt2 1x7+4", "bf16", FORWARD),
-        ("generation", "gpt2 1x7+4", "fp32", FORWARD),
-        ("generation", "gpt2 8x7+4", "bf16", FORWARD),
-        ("generation", "llama 1x7+4", "bf16", FORWARD),
+        ("generation", "gpt2 1x7+6", "bf16", FORWARD),
+        ("generation", "gpt2 1x7+6", "fp32", FORWARD),
+        ("generation", "gpt2 8x7+6", "bf16", FORWARD),
+        ("generation", "llama 1x7+6", "bf16", FORWARD),
     ]
     for row in rows:
         assert row.problem == "" and 0 <= row.error_share < 1
@@ -219,55 +198,75 @@ def test_compiled_variants(task: Task, tiny: None, monkeypatch: pytest.MonkeyPat
     assert isinstance(row.peers["ours: compile"], Timing)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compiled_step_that_is_judged_is_the_one_that_is_timed(
+    batch: int, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def by_dynamo(function: Callable, **options: object) -> Callable:
+        backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+        return torch._dynamo.optimize(backend, nopython=True, dynamic=False)(function)
+
+    monkeypatch.setattr(torch, "compile", by_dynamo)
+    job = Generation(pair_of("gpt2"), batch, 7)
+    contestant = job.contestant("compile")
+    contestant.call()
+    assert len(graphs) == 1
+    assert job.judge()(contestant) < 1e-5 and len(graphs) == 1
+
+
 def test_pace_chooses(tiny: None) -> None:
     for row in rows_of(modes=(FORWARD,), skip=("compile",)):
         assert row.mode == FORWARD and row.peers.keys() == {"eager"} == row.memory.keys() - {"ours"}
     for row in rows_of(modes=(TRAINING,), only=("compile",), suite_seconds=1e-9):
-        assert "no time left" in row.peers.pop("compile") and not row.peers and row.ours
+        assert row.ours and row.peers.keys() == {"compile", "ours: compile"}
+        assert all("no time left" in reason for reason in row.peers.values())
 
 
-def too_large_by_15_percent(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: 1.15 * function(*args, **kwargs)
+def test_only_who_is_wanted_is_run(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    contestant = model_jobs.TrainStep.contestant
+    monkeypatch.setattr(
+        model_jobs.TrainStep, "contestant", lambda self, name: made.append(name) or contestant(self, name)
+    )
+    monkeypatch.setattr(bench_models, "TASKS", TASKS[:1])
+    for chosen, expected, timed in (
+        ({"only": ("liger",)}, ["ours"], set()),
+        ({"skip": ("compile",)}, ["ours", "eager"], {"eager"}),
+        ({"only": ("ours: compile",)}, ["ours: compile", "ours"], {"ours: compile"}),
+        # Its allowance is from the eager one.
+        ({"skip": ("eager", "ours: compile")}, ["compile", "ours", "eager"], {"compile"}),
+    ):
+        (row,) = rows_of(**chosen)
+        assert made == expected and row.peers.keys() == timed == row.memory.keys() - {"ours"}
+        made.clear()
 
 
-def test_wrong_model_gets_no_time(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for model, name in ((bench_models.GPT, "unembed"), (bench_models.GPT, "forward"), (bench_models.BERT, "forward")):
-        monkeypatch.setattr(model, name, too_large_by_15_percent(getattr(model, name)))
-    for row in rows_of():
-        assert "wrong answer" in row.problem and row.error_share > 1 and row.ours is None and not row.peers
+def test_eager_generation_makes_its_cache_in_the_call() -> None:
+    """As ours does: in its time and in its memory."""
+    pair = pair_of("gpt2")
+    prompt = pair.random_tokens(3, 7)
+    peak = {room: peak_bytes(partial(Generator(pair.plain, 3, room).generate, prompt, 2), CPU) for room in (9, 32)}
+    position = 2 * 2 * 3 * 32 * 4  # bytes: layers, keys and values, sequences, width, of a float32
+    assert peak[32] - peak[9] == (32 - 9) * position and peak[9] > 9 * position
 
 
-def test_wrong_gradient_gets_no_time(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = bench_models.GPT.forward
-
-    def same_loss(self: torch.nn.Module, *batch: Tensor) -> Tensor:
-        loss = forward(self, *batch)
-        return loss + 0.2 * (loss - loss.detach())
-
-    monkeypatch.setattr(bench_models.GPT, "forward", same_loss)
-    problems = [row.problem for row in rows_of(modes=(TRAINING,), skip=("compile",))]
-    assert [bool(problem) for problem in problems] == [True, True, False, True]
-
-
-def test_compiled_variant_that_is_wrong_or_fails_says_so(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: too_large_by_15_percent(function))
-    for row in rows_of():
-        assert row.ours and isinstance(row.peers["eager"], Timing)
-        assert all("computes something else" in row.peers[name] for name in ("compile", "ours: compile"))
-
-    def fails(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("no\ncompiler")
-
-    monkeypatch.setattr(torch, "compile", fails)
-    row = next(rows_of())
-    assert row.ours and row.peers["compile"] == "RuntimeError: no compiler"
+def test_cuda_graph_keeps_one_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    plain = pair_of("llama").plain
+    graph = Generator(plain, 3, 9, {"mode": "reduce-overhead"})
+    assert graph.cache() is graph.cache() is graph.kept
+    for options in (None, {"mode": None}):
+        generator = Generator(plain, 3, 9, options)
+        assert generator.kept is None and generator.cache()[0][0] is not generator.cache()[0][0]
 
 
 def test_a_model_that_fails_leaves_the_others(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(self: torch.nn.Module, *args: object) -> None:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(bench_models.BERT, "forward", out_of_memory)
+    monkeypatch.setattr(model_jobs.BERT, "forward", out_of_memory)
     rows = list(rows_of(skip=("compile",)))
     assert [row.problem for row in rows if "bert" in row.shape] == ["OutOfMemoryError: too large"] * 2
     assert all(row.ours for row in rows if "bert" not in row.shape) and len(rows) == bench_models.COUNT
@@ -286,6 +285,6 @@ def test_interruption_keeps_the_rows_before_it(tiny: None, monkeypatch: pytest.M
 
 def test_distance_is_that_of_the_worst_tensor() -> None:
     right = [torch.full((4,), 2.0), torch.full((9,), 1.0)]
-    assert bench_models.distance(right, right) == 0
-    assert bench_models.distance([right[0] * 1.5, right[1] * 1.25], right) == 0.5
-    assert math.isnan(bench_models.distance([right[0], right[1] * torch.nan], right))
+    assert distance(right, right) == 0
+    assert distance([right[0] * 1.5, right[1] * 1.25], right) == 0.5
+    assert math.isnan(distance([right[0], right[1] * torch.nan], right))

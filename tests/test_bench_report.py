@@ -15,10 +15,10 @@ from bench_support import LIMITS, case, double, rows_of, wrong_value
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastformer.benchmarks import html_report, pictures, readme_table, report, suite, table
+from fastformer.benchmarks.case import IMPLEMENTATIONS
 from fastformer.benchmarks.harness import (
     BACKWARD,
     FORWARD,
-    IMPLEMENTATIONS,
     OURS,
     TRAINING,
     Limits,

@@ -87,6 +87,19 @@ def test_rounds_end_with_the_budget_and_are_in_random_order() -> None:
     assert len(set(rounds)) > 1 and all(sorted(r) == ["a", "b", "c"] for r in rounds)
 
 
+def test_call_that_raises_ends_for_itself_alone() -> None:
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise MemoryError("too\nlittle")
+
+    clock = Clock()
+    for fails_at in (1, 3):  # in the warm-up, and after it
+        calls: list[int] = []
+        timings = measure({"a": fails, "b": clock.takes(2.0)}, CpuTimer(clock), Pace(0.0), random.Random(0))
+        assert timings == {"a": "MemoryError: too little", "b": Timing(*[2.0] * 5, 3)} and len(calls) == fails_at
+
+
 def test_only_the_second_stage_is_timed() -> None:
     clock = Clock()
     first = clock.takes(5.0)
@@ -138,7 +151,8 @@ def test_pace_wants() -> None:
     assert list(filter(only.wants, names)) == ["sdpa", "sdpa: flash", "compile: max-autotune"]
     skip = Pace(only=["sdpa"], skip=["sdpa: flash", "ours"])
     assert skip.wants("sdpa") and not skip.wants("sdpa: flash") and skip.wants("ours")
-    assert not skip.wants("ours: compile")
+    assert not Pace(only=["ours"]).wants("ours: compile") and Pace(only=["ours: compile"]).wants("ours: compile")
+    assert Pace(only=["compile"]).wants("ours: compile") and not Pace(skip=["compile"]).wants("ours: compile")
 
 
 def test_pace_that_is_behind_its_schedule_does_less() -> None:

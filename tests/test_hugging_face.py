@@ -1,5 +1,6 @@
 """attn_implementation="fastformer" against transformers' own eager attention, on small models with random weights."""
 
+import dataclasses
 import functools
 import random
 import subprocess
@@ -13,7 +14,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 import transformers
 
-from fastformer import accuracy
+import fastformer
+from fastformer import accuracy, backends
 from fastformer.benchmarks import bench_hugging_face, harness
 from fastformer.benchmarks.bench_hugging_face import ARCHITECTURES, IMAGE, build_model, draw_inputs
 from fastformer.integrations.transformers import REFUSED, attention_forward, attention_mask, register
@@ -347,13 +349,17 @@ def test_a_config_that_belongs_to_no_known_model(padding: str | None) -> None:
     assert_close(ours(**inputs).logits[real], expected(**inputs).logits[real], "logits")
 
 
-def test_benchmark_gives_every_case_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_hugging_face, "ARCHITECTURES", {"t5": ARCHITECTURES["t5"]})
+def benchmark_rows(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[harness.Row]:
+    monkeypatch.setattr(bench_hugging_face, "ARCHITECTURES", {name: ARCHITECTURES[name] for name in names})
     monkeypatch.setattr(bench_hugging_face, "BENCH", bench_hugging_face.TINY)
     device = torch.device("cpu")
     limits = harness.Limits(copy={1 << 20: 1e9}, read={1 << 20: 1e9}, product={torch.float32: 1e9})
     pace = harness.Pace(row_seconds=0.0, min_rounds=1)
-    rows = list(bench_hugging_face.rows(device, harness.timer_for(device), limits, pace, random.Random(0)))
+    return list(bench_hugging_face.rows(device, harness.timer_for(device), limits, pace, random.Random(0)))
+
+
+def test_benchmark_gives_every_case_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = benchmark_rows(monkeypatch, "t5")
     assert [(row.shape, row.mode) for row in rows] == [
         ("t5 2x17", "fwd"),
         ("t5 2x17", "fwd_bwd"),
@@ -365,8 +371,48 @@ def test_benchmark_gives_every_case_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         assert row.limit_seconds > 0
 
 
-def test_benchmark_says_that_transformers_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_hugging_face.importlib.util, "find_spec", lambda name: None)
-    rows = list(bench_hugging_face.rows(None, None, None, None, None))
-    assert [row.shape for row in rows] == list(ARCHITECTURES)
-    assert all("pip install fastformer[transformers]" in row.problem for row in rows)
+def test_benchmark_lets_auto_choose_whatever_backend_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    run_case = bench_hugging_face.run_case
+    monkeypatch.setattr(
+        bench_hugging_face, "run_case", lambda *args: chosen.append(backends.requested()) or run_case(*args)
+    )
+    with fastformer.backend("reference"):
+        rows = benchmark_rows(monkeypatch, "vit")
+        assert backends.requested() == "reference"
+    assert chosen == ["auto", "auto"] and {row.backend for row in rows} == {"auto"}
+
+
+def test_benchmark_goes_on_after_a_model_that_transformers_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = dataclasses.replace(ARCHITECTURES["bert"], model="NoSuchModel")
+    monkeypatch.setitem(ARCHITECTURES, "bert", unknown)
+    lacking, *rows = benchmark_rows(monkeypatch, "bert", "vit")
+    assert lacking.shape == "bert" and lacking.problem.startswith("AttributeError: ") and lacking.ours is None
+    assert [row.shape for row in rows] == ["vit 2x32x32"] * 2 and all(row.ours for row in rows)
+
+
+class Imports:
+    """What importing transformers raises."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "transformers":
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (ModuleNotFoundError("No module", name="transformers"), "not installed: pip install fastformer[transformers]"),
+        (RuntimeError("too\nold"), "transformers can't be imported: RuntimeError: too old"),
+    ],
+)
+def test_benchmark_says_why_there_is_no_transformers(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench_hugging_face.missing() == ""
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(sys, "meta_path", [Imports(error), *sys.meta_path])
+    assert bench_hugging_face.missing() == reason
