@@ -204,6 +204,12 @@ def test_gradient_of_a_loss_is_one() -> None:
     assert check.grad_outputs[0].item() == 1
 
 
+def test_peers_are_held_to_the_right_answer_not_to_torchs() -> None:
+    peers = {"eager": lambda input: 2.16 * input, "sdpa": double, "flex": lambda input: 1.8 * input}
+    (row,) = rows_of(case(peers=peers, work={FORWARD: Work(120, 15)}))
+    assert list(row.speedups()) == ["eager", "sdpa"] and row.peers["flex"] == "computes something else: output"
+
+
 def test_only_and_skip() -> None:
     the_case = case(peers={"eager": not_there, "sdpa": double, "sdpa: math": double, "flex": double}, judged_by="sdpa")
     assert rows_of(the_case, Pace(0.0, only=["sdpa"]))[0].peers.keys() == {"sdpa", "sdpa: math"}

@@ -288,3 +288,15 @@ def test_distance_is_that_of_the_worst_tensor() -> None:
     assert distance(right, right) == 0
     assert distance([right[0] * 1.5, right[1] * 1.25], right) == 0.5
     assert math.isnan(distance([right[0], right[1] * torch.nan], right))
+
+
+@every_model
+def test_training_steps_are_judged_at_the_parameters_of_the_beginning(name: str) -> None:
+    pair = pair_of(name)
+    job = model_jobs.TrainStep(pair, 2, 16)
+    beginning = [x.detach().clone() for x in job.parameters]
+    contestant = job.contestant("ours")
+    contestant.call()
+    assert not any(map(torch.equal, beginning, job.parameters))
+    assert job.judge()(contestant) < 1e-4
+    assert all(map(torch.equal, beginning, job.parameters))
