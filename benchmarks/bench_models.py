@@ -23,6 +23,7 @@ from .checking import describe
 from .harness import Limits, Pace, Row, Timer, measure, of_each, short_name
 from .memory import peak_bytes
 from .model_jobs import Contestant, Generation, Inference, Job, Kept, Pair, TrainStep
+from .pace import MODELS_LAG
 from .timing import Call
 
 GPT2 = GPTConfig(50257, context_length=1024, num_layers=12, num_heads=12, d_model=768)
@@ -170,7 +171,7 @@ class Match:
         compiled: dict[str, Contestant] = {}
         for name in filter(pace.wants, (COMPILE, OURS_COMPILED)):
             try:
-                reason = pace.why_not_compile()
+                reason = pace.why_not_compile(MODELS_LAG)
                 compiled |= {} if reason else {name: job.contestant(name)}
             except Exception as error:
                 reason = describe(error)

@@ -19,6 +19,7 @@ OURS = "ours"
 # The kinds of implementations that --only and --skip choose from, and those of several of a kind.
 IMPLEMENTATIONS = (OURS, "eager", "compile", "sdpa", "flex", "chunked", "liger", "flash-attn", "quack")
 COMPILE, AUTOTUNED, OURS_COMPILED = "compile", "compile: max-autotune", f"{OURS}: compile"
+FLEX = "flex"  # FlexAttention, which compiles too
 SDPA_KERNELS = ("sdpa: math", "sdpa: flash", "sdpa: efficient", "sdpa: cudnn", "sdpa: varlen")
 VARIANTS = (AUTOTUNED, OURS_COMPILED, *SDPA_KERNELS)
 

@@ -17,11 +17,11 @@ from typing import TypeVar
 
 import torch
 
-from .case import AUTOTUNED, BACKWARD, COMPILE, FORWARD, MODES, OURS, TRAINING, Case, Function, Work, short_name
+from .case import AUTOTUNED, BACKWARD, COMPILE, FLEX, FORWARD, MODES, OURS, TRAINING, Case, Function, Work, short_name
 from .checking import Check, as_tuple, caller, describe
 from .limits import Limits, resident_seconds
 from .memory import peak_bytes
-from .pace import Pace
+from .pace import AUTOTUNE_LAG, COMPILE_LAG, Pace
 from .timing import Call, CpuTimer, CudaTimer, Timer, Timing, captured, host_seconds, measure, timer_for
 
 # What the files of the operations and of the whole models need, from one place.
@@ -203,7 +203,9 @@ def _overhead_of_a_row(mode: str, case: Case, check: Check, functions: dict[str,
 
 def peers(case: Case, pace: Pace) -> Iterator[tuple[str, Function | str]]:
     """The case's peers by name, the compiled ones last; instead of a function, the reason why there is none."""
-    yield from ((name, peer) for name, peer in case.peers.items() if pace.wants(name))
+    for name, peer in case.peers.items():
+        if pace.wants(name):
+            yield name, (name == FLEX and callable(peer) and pace.why_not_compile()) or peer
     if case.compiled is None or isinstance(case.peers[case.compiled], str):
         return
     # A CUDA graph around what has CUDA graphs of its own can't be captured.
@@ -213,7 +215,7 @@ def peers(case: Case, pace: Pace) -> Iterator[tuple[str, Function | str]]:
     if wanted:
         torch._dynamo.reset()  # else the code object's limit of recompilations makes later cases run eagerly
     for name, mode in wanted.items():
-        reason = pace.why_not_compile(autotune=mode is not None)
+        reason = pace.why_not_compile(AUTOTUNE_LAG if mode else COMPILE_LAG)
         yield name, reason or _compiled(case.peers[case.compiled], mode)
 
 

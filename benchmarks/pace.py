@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from .case import FORWARD, OURS, TRAINING
 
-# By which share of the suite's time a run may be behind its schedule and still do these.
-AUTOTUNE_LAG, COMPILE_LAG, SAMPLES_LAG = 0.0, 0.04, 0.06
+# By which share of the suite's time a run may be behind its schedule and still do these. Whole models come first, and
+# what follows them can catch up.
+AUTOTUNE_LAG, COMPILE_LAG, SAMPLES_LAG, MODELS_LAG = 0.0, 0.04, 0.06, 0.15
 
 
 @dataclass
@@ -47,7 +48,6 @@ class Pace:
         """Seconds of calls that a row may take beyond ``min_rounds``."""
         return 0.0 if self.behind() > SAMPLES_LAG else self.row_seconds
 
-    def why_not_compile(self, *, autotune: bool = False) -> str:
-        """The reason not to compile another peer, "" if there is none."""
-        late = self.behind() > (AUTOTUNE_LAG if autotune else COMPILE_LAG)
-        return "no time left for compiling in this suite" if late else ""
+    def why_not_compile(self, lag: float = COMPILE_LAG) -> str:
+        """The reason not to compile another peer, "" if there is none: being behind by more than ``lag``."""
+        return "no time left for compiling in this suite" if self.behind() > lag else ""

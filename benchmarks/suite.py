@@ -17,6 +17,7 @@ import fastformer
 from fastformer import backends
 
 from . import bench_hugging_face, bench_models, limits, machine, scaling
+from .case import FLEX
 from .checking import describe
 from .harness import Case, Limits, Pace, Row, Timer, run_case, timer_for
 from .scaling import Point
@@ -50,6 +51,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of d
 # Seconds that are expected of each piece: for the schedule and the progress bar.
 LIMITS_SECONDS = 8.0
 CHECK_SECONDS, COMPILE_SECONDS = 0.5, 2.5  # of a case in one mode; max-autotune uses what is left
+FLEX_SECONDS = 10.0  # of a case, to compile FlexAttention
 MODEL_SECONDS, HUGGING_FACE_SECONDS = 50.0, 5.0  # of a row
 SCALING_SECONDS = 0.5  # of a point
 END_TO_END_SECONDS = 60.0
@@ -130,10 +132,10 @@ class Runner:
     def parts(self) -> Iterator[Part]:
         """Of the whole run, in order."""
         yield Part("what the machine can do", LIMITS_SECONDS, self._limits)
+        if MODELS in self.names:  # before the schedule can be late: their compiled variants matter most
+            yield Part("whole models", MODEL_SECONDS * bench_models.COUNT, self._models)
         for case in cases_of(self.names, self.suite, self.device, self.backend, self.dtypes):
             yield Part(str(case), self._expected(case), partial(self._case, case))
-        if MODELS in self.names:
-            yield Part("whole models", MODEL_SECONDS * bench_models.COUNT, self._models)
         lacking = bench_hugging_face.missing() if HUGGING_FACE in self.names else ""
         if lacking:
             self.found.environment["left out"] = f"models of Hugging Face: {lacking}"
@@ -152,7 +154,8 @@ class Runner:
         seconds = self.pace.row_seconds + CHECK_SECONDS
         if case.compiled and self.pace.wants("compile"):
             seconds += COMPILE_SECONDS
-        return seconds * sum(mode in self.pace.modes for mode in case.work)
+        flex = FLEX_SECONDS if callable(case.peers.get(FLEX)) and self.pace.wants(FLEX) else 0.0
+        return seconds * sum(mode in self.pace.modes for mode in case.work) + flex
 
     def _limits(self, advance: Advance) -> None:
         dtypes = dict.fromkeys((torch.float32, torch.bfloat16, *self.dtypes))

@@ -237,6 +237,8 @@ def test_compiled_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     late = Pace(0.0, suite_seconds=1.0, started=-1e9)
     (row,) = rows_of(case(compiled="eager", work=forward), late)
     assert "no time left" in row.peers["compile"] and len(made) == 3
+    (row,) = rows_of(case(peers={"eager": double, "flex": double}, work=forward), late)
+    assert "no time left" in row.peers["flex"] and isinstance(row.peers["eager"], Timing)
     assert rows_of(case(compiled="eager", work=forward), Pace(0.0, skip=["compile"]))[0].peers.keys() == {"eager"}
 
 
@@ -413,7 +415,7 @@ def test_part_that_raises_does_not_end_the_others(
     monkeypatch.setattr(suite.bench_models, "rows", rows)
     status, results = bench([case()], "--op", "models,scaling", "--mode", FORWARD, "--threads", "1")
     assert status == 1 and len(results["scaling"]) == 2 * 4
-    assert [row["problem"] for row in results["rows"]] == ["", "MemoryError: too little"]
+    assert [row["problem"] for row in results["rows"]] == ["MemoryError: too little", ""]
 
 
 def test_slower_than_an_old_run_is_status_3(
@@ -433,7 +435,8 @@ def test_slower_than_an_old_run_is_status_3(
 
 
 def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter([case(), case(shape="second")]))
+    with_flex = case(shape="second", peers={"eager": double, "flex": double})
+    monkeypatch.setattr(suite, "cases_of", lambda *arguments: iter([case(), with_flex]))
     monkeypatch.setattr(limits, "measure_limits", lambda *arguments: LIMITS)
     monkeypatch.setattr(limits, "copy_drift", lambda *arguments: 0.0)
     pace = Pace(row_seconds=10.0, skip=["compile"])
@@ -451,10 +454,10 @@ def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "run_case", run_case)
     monkeypatch.setattr(suite.bench_models, "rows", model_rows)
     suite.Runner(CPU, "cpu", "quick", ["softmax", "models"], [torch.float32], pace).run()
-    each = 2 * (10.0 + suite.CHECK_SECONDS)
-    before_models = suite.LIMITS_SECONDS + 2 * each
-    starts = [suite.LIMITS_SECONDS, suite.LIMITS_SECONDS + each, before_models, before_models + suite.MODEL_SECONDS]
-    total = before_models + suite.bench_models.COUNT * suite.MODEL_SECONDS + 1
+    each, models = 2 * (10.0 + suite.CHECK_SECONDS), suite.bench_models.COUNT * suite.MODEL_SECONDS
+    first = suite.LIMITS_SECONDS
+    starts = [first, first + suite.MODEL_SECONDS, first + models, first + models + each]
+    total = first + models + 2 * each + suite.FLEX_SECONDS + 1
     assert seen == pytest.approx([start / total for start in starts])
     assert pace.done == pytest.approx(1.0)
 

@@ -13,6 +13,7 @@ from bench_support import Clock
 from fastformer.benchmarks import timing
 from fastformer.benchmarks.harness import CpuTimer, Pace, Timing, measure
 from fastformer.benchmarks.memory import peak_bytes
+from fastformer.benchmarks.pace import AUTOTUNE_LAG
 from fastformer.benchmarks.timing import Staged, host_seconds
 
 CPU = torch.device("cpu")
@@ -159,9 +160,9 @@ def test_pace_that_is_behind_its_schedule_does_less() -> None:
     def pace(elapsed: float, done: float) -> Pace:
         return Pace(row_seconds=3.0, suite_seconds=100.0, started=time.monotonic() - elapsed, done=done)
 
-    assert pace(50, 0.51).why_not_compile(autotune=True) == "" and pace(50, 0.51).row_budget() == 3.0
-    assert "no time left" in pace(50, 0.47).why_not_compile(autotune=True)
+    assert pace(50, 0.51).why_not_compile(AUTOTUNE_LAG) == "" and pace(50, 0.51).row_budget() == 3.0
+    assert "no time left" in pace(50, 0.47).why_not_compile(AUTOTUNE_LAG)
     assert pace(50, 0.47).why_not_compile() == ""
     assert "no time left" in pace(50, 0.45).why_not_compile() and pace(50, 0.45).row_budget() == 3.0
     assert pace(50, 0.43).row_budget() == 0.0
-    assert Pace(started=-1e9).why_not_compile(autotune=True) == ""
+    assert Pace(started=-1e9).why_not_compile(AUTOTUNE_LAG) == ""
