@@ -75,9 +75,9 @@ class Model:
 # By kind of device: steps of a second or so.
 MODELS = {
     "cpu": {
-        "gpt2": Model(GPT2, 1, 512),
-        "bert": Model(BERT_BASE, 1, 512),
-        "llama": Model(LLAMA, 1, 512),
+        "gpt2": Model(GPT2, 1, 256),
+        "bert": Model(BERT_BASE, 1, 256),
+        "llama": Model(LLAMA, 1, 256),
     },
     "cuda": {
         "gpt2": Model(GPT2, 16, 1024),

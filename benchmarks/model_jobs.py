@@ -26,7 +26,7 @@ from .model_work import ModelWork
 from .plain_models import Generator, PlainBERT, PlainGPT, PlainLlama, sizes
 from .timing import Call
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 MAX_GRAD_NORM = 1.0
 
 

@@ -11,6 +11,7 @@ from .case import FORWARD, OURS, TRAINING
 # By which share of the suite's time a run may be behind its schedule and still do these. Whole models come first, and
 # what follows them can catch up.
 AUTOTUNE_LAG, COMPILE_LAG, SAMPLES_LAG, MODELS_LAG = 0.0, 0.04, 0.06, 0.15
+LATE_SHARE = 0.1  # of a row's time, beyond that lag: enough samples of what takes milliseconds
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Pace:
 
     def row_budget(self) -> float:
         """Seconds of calls that a row may take beyond ``min_rounds``."""
-        return 0.0 if self.behind() > SAMPLES_LAG else self.row_seconds
+        return self.row_seconds * (LATE_SHARE if self.behind() > SAMPLES_LAG else 1.0)
 
     def why_not_compile(self, lag: float = COMPILE_LAG) -> str:
         """The reason not to compile another peer, "" if there is none: being behind by more than ``lag``."""

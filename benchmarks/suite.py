@@ -52,7 +52,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # our own kernels of each kind of d
 LIMITS_SECONDS = 8.0
 CHECK_SECONDS, COMPILE_SECONDS = 0.5, 2.5  # of a case in one mode; max-autotune uses what is left
 FLEX_SECONDS = 10.0  # of a case, to compile FlexAttention
-MODEL_SECONDS, HUGGING_FACE_SECONDS = 50.0, 5.0  # of a row
+MODEL_SECONDS, HUGGING_FACE_SECONDS = 40.0, 5.0  # of a row
 SCALING_SECONDS = 0.5  # of a point
 END_TO_END_SECONDS = 60.0
 SCALING_PACE = Pace(row_seconds=0.2, min_rounds=5)
