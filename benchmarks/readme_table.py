@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import pictures
-from .report import CONTESTANTS, FORMAT, GROUP_TITLES, GROUPS, Results, best_speedups, is_model, model_numbers
+from .report import (
+    CONTESTANTS,
+    FORMAT,
+    GROUP_TITLES,
+    GROUPS,
+    Results,
+    best_speedups,
+    format_noise,
+    is_model,
+    model_numbers,
+)
 from .table import compact, number, percent
 
 RESULTS = Path("benchmarks/results")  # in the repository
@@ -32,6 +42,7 @@ TABLES = {"benchmark": ("",), "hugging face": ("-hugging-face", ""), "gpu": ("-t
 PICTURES = {"benchmark": ("speedups", "roofline"), "gpu": ("speedups", "roofline")}  # of pictures.draw
 CURVES = {"benchmark": ("", "-suite-cpu"), "gpu": ("-triton",)}  # kinds that have the picture of how times grow
 TITLES = {"speedups": "Speed-up by operation", "roofline": "Roofline", "scaling": "How times grow"}
+SIZES = 3  # of an operation, at most: the quick suite's come first
 HUGGING_FACE = "hugging_face"  # the operation of its rows
 DTYPES, MODES = ("fp32", "bf16", "fp16"), ("fwd", "fwd_bwd")
 
@@ -58,27 +69,10 @@ def kept(folder: Path) -> list[Kept]:
         if name is None:
             raise ValueError(f"{path}: must be named YYYY-MM-DD-MACHINE[-KIND].json, KIND one of {', '.join(KINDS)}")
         results = json.loads(path.read_text(encoding="utf-8"))
-        if "format" not in results:
-            results = _from_format_1(results)
-        if results["format"] != FORMAT:
-            raise ValueError(f"{path}: has format {results['format']}, must be {FORMAT}: measure again")
+        if results.get("format") != FORMAT:
+            raise ValueError(f"{path}: has format {results.get('format')}, must be {FORMAT}: measure again")
         found.append(Kept(path, name[1], name[3], results))
     return sorted(found, key=lambda file: (file.date, file.path.name))
-
-
-def _from_format_1(results: Results) -> Results:
-    """Results from before files had a "format": one name for all fused peers, no sizes, overhead, memory or tokens."""
-    unknown = {"sizes": {}, "bytes": 0, "flops": 0, "overhead": {}, "memory": {}, "tokens": 0}
-    rows = []
-    for row in results["rows"]:
-        fused = "chunked" if row["operation"] == "linear_cross_entropy" else "sdpa"
-        named = {
-            key: {name.replace("fused", fused): value for name, value in row[key].items()}
-            for key in ("peers", "speedups")
-        }
-        rows.append(unknown | row | named | {"mode": row["mode"].replace("+", "_")})
-    limits = {"copy": {}, "read": {}, "drift": 0.0} | results["limits"]
-    return {"scaling": []} | results | {"format": FORMAT, "rows": rows, "limits": limits}
 
 
 def generate(root: Path) -> dict[Path, str]:
@@ -186,11 +180,13 @@ def table_of(name: str, source: Kept) -> str:
             lines += ["", _end_to_end(results["end_to_end"], source.path)]
     environment = results["environment"]
     machine = "; ".join(environment[key] for key in ("gpu", "processor", "versions") if key in environment)
-    return "\n".join([*lines, "", f"Measured on {source.date}: {machine}."])
+    whole = f"[{len(rows)} rows]({RESULTS / source.path.name})"
+    measured = f"Measured on {source.date}, all of it: {whole}. {machine}. {format_noise(results)}"
+    return "\n".join([*lines, "", measured.rstrip()])
 
 
 def _operations(rows: Sequence[dict]) -> list[str]:
-    """One line for each operation and size."""
+    """One line for each of the first sizes of each operation."""
     columns = [
         (dtype, mode)
         for dtype in DTYPES
@@ -207,7 +203,11 @@ def _operations(rows: Sequence[dict]) -> list[str]:
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for row in rows:
         cells.setdefault((row["operation"], row["shape"]), {})[row["dtype"], row["mode"]] = _speedups(row, groups)
+    sizes: dict[str, list[str]] = {}
     for (operation, shape), found in cells.items():
+        sizes.setdefault(operation, []).append(shape)
+        if len(sizes[operation]) > SIZES:
+            continue
         lines.append(f"| {' | '.join([f'`{operation}`', shape, *(found.get(column, '') for column in columns)])} |")
     return lines
 

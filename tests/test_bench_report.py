@@ -436,9 +436,10 @@ def hugging_face(*tasks: tuple[str, str, dict[str, float]]) -> dict:
 
 
 def test_readme_shows_the_newest_results_of_each_kind(tmp_path: Path) -> None:
+    more = [row(shape=f"{i}x1", dtype="bf16", mode=TRAINING) for i in (2, 3, 4)]
     old, new = (
         results_of([row(shape="1x1")]),
-        results_of([row(), row(dtype="bf16", mode=TRAINING), model()], END_TO_END),
+        results_of([row(), *more, model()], END_TO_END),
     )
     models = hugging_face(
         ("gpt 2x16", FORWARD, {"eager": 2.0}),
@@ -459,12 +460,13 @@ def test_readme_shows_the_newest_results_of_each_kind(tmp_path: Path) -> None:
         text.startswith("before\n<!--") and text.endswith("-->\nafter") and "\nbetween\n" in text and "old" not in text
     )
     assert "| operation | size | fp32 fwd | bf16 fwd_bwd |" in text and "1x1" not in text and "9x9" not in text
-    assert "| `attention` | 2x3x128x64 | 3.00 / 1.50 / 0.50 | 3.00 / 1.50 / 0.50 |" in text
+    assert "| `attention` | 2x3x128x64 | 3.00 / 1.50 / 0.50 |  |" in text
+    assert "| `attention` | 3x1 |  | 3.00 / 1.50 / 0.50 |" in text and "| 4x1 |" not in text  # the first three sizes
     assert (
         "| train_step | gpt2 2x500 | fp32 | 5000 / - / 10.0k / 20.0k | 5% / - / 10% / 20% | 80.0 / - / 40.0 / - |"
         in text
     )
-    assert "**1.50x**" in text and "Measured on 2026-01-02: a processor, fast; torch 2." in text
+    assert "**1.50x**" in text and "all of it: [5 rows](benchmarks/results/2026-01-02-box.json). a processor" in text
     assert "| gpt | 2.00 / - | 3.00 / 1.50 | - / 0.50 |" in text
     for picture in re.findall(r"!\[.+\]\((.+)\)", text):
         assert ElementTree.parse(root / picture).getroot().tag.endswith("svg")
@@ -478,7 +480,7 @@ def test_readme_shows_the_newest_results_of_each_kind(tmp_path: Path) -> None:
     ]
     assert (
         "--suite cpu" in lines[0]
-        and lines[1].endswith("| 3 | benchmark |")
+        and lines[1].endswith("| 5 | benchmark |")
         and lines[3].endswith("| 3 | hugging face |")
     )
     assert readme_table.main([str(root)]) == 0 and (root / "README.md").read_text() == text
@@ -503,23 +505,11 @@ def test_what_is_outdated_is_found(tmp_path: Path) -> None:
     assert readme_table.outdated(root) == [root / "README.md", index, *shown]
 
 
-def test_results_without_a_format_are_read() -> None:
-    old_row = {
-        "operation": "linear_cross_entropy",
-        "mode": "fwd+bwd",
-        "peers": {"eager": {}, "fused": {}},
-        "speedups": {"eager": 2.0, "fused": 3.0},
-    }
-    found = readme_table._from_format_1({"rows": [old_row, old_row | {"operation": "attention"}], "limits": {}})
-    assert [report.best_speedups(x) for x in found["rows"]] == [{"eager": 2.0, "fused": 3.0}] * 2
-    assert found["rows"][0]["speedups"].keys() == {"eager", "chunked"} and found["rows"][0]["mode"] == TRAINING
-    assert found["rows"][0].keys() >= {"sizes", "bytes", "flops", "overhead", "memory", "tokens"}
-
-
 @pytest.mark.parametrize(
     "name, change, problem",
     [
         ("_2026_01_02_box", {"format": 3}, "has format 3, must be 2"),
+        ("_2026_01_02_box", {"format": None}, "has format None, must be 2"),
         ("_box", {}, "must be named YYYY-MM-DD-MACHINE"),
         ("_2026_01_02_box", {"interrupted": True}, "failed run is not for the README"),
         ("_2026_01_02_box", {"end_to_end": END_TO_END | {"problem": "differs"}}, "failed run is not for the README"),
