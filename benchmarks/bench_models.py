@@ -19,10 +19,10 @@ from fastformer.models import BERTConfig, GPTConfig
 from fastformer.models.config import TransformerConfig
 
 from .case import COMPILE, OURS, OURS_COMPILED
-from .checking import describe
+from .checking import Kept, describe
 from .harness import Limits, Pace, Row, Timer, measure, of_each, short_name
 from .memory import peak_bytes
-from .model_jobs import Contestant, Generation, Inference, Job, Kept, Pair, TrainStep
+from .model_jobs import Contestant, Generation, Inference, Job, Pair, TrainStep
 from .pace import MODELS_LAG
 from .timing import Call
 
@@ -165,7 +165,7 @@ class Match:
     """
 
     def __init__(self, row: Row, job: Job, dtype: torch.dtype, pace: Pace) -> None:
-        self.row, self.job, self.pace, self.kept = row, job, pace, Kept(job.constants)
+        self.row, self.job, self.pace, self.kept = row, job, pace, Kept(dict(enumerate(job.constants)))
         ours = TOLERANCE[dtype]
         self.allowed = {OURS: ours, EAGER: EAGER_TOLERANCE[dtype], COMPILE: ours, OURS_COMPILED: ours}
         compiled: dict[str, Contestant] = {}

@@ -20,8 +20,8 @@ OURS = "ours"
 IMPLEMENTATIONS = (OURS, "eager", "compile", "sdpa", "flex", "chunked", "liger", "flash-attn", "quack")
 COMPILE, AUTOTUNED, OURS_COMPILED = "compile", "compile: max-autotune", f"{OURS}: compile"
 FLEX = "flex"  # FlexAttention, which compiles too
-SDPA_KERNELS = ("sdpa: math", "sdpa: flash", "sdpa: efficient", "sdpa: cudnn", "sdpa: varlen")
-VARIANTS = (AUTOTUNED, OURS_COMPILED, *SDPA_KERNELS)
+SDPA_VARIANTS = ("sdpa: math", "sdpa: flash", "sdpa: efficient", "sdpa: cudnn", "sdpa: varlen")
+VARIANTS = (AUTOTUNED, OURS_COMPILED, *SDPA_VARIANTS)
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastformer import accuracy
 from .case import BACKWARD, FORWARD, MODES, TRAINING, Case, Function
 from .timing import Call, Staged, describe, prepared
 
+Name = TypeVar("Name", bound=Hashable)
 # A peer further than this from the right answer, as a share of its largest value, computes something else.
 PEER_TOLERANCE = 0.05
 
@@ -44,7 +46,7 @@ class Check:
             TRAINING: output_names + gradient_names,
         }
         given = self.inputs | {f"gradient of {name}": x for name, x in zip(output_names, self.grad_outputs)}
-        self.given = {name: (x, x.detach().clone()) for name, x in given.items()}
+        self.given = Kept(given)
         self.torchs = {mode: self.caller(mode, standard)() for mode in modes}
         widest = FORWARD if modes == [FORWARD] else TRAINING
         doubles = [x.double() for x in self.grad_outputs]
@@ -96,21 +98,27 @@ class Check:
         except Exception as error:
             return (), describe(error)
         finally:
-            overwritten = self._restore()
+            overwritten = self.given.restore()
         if overwritten:
             return (), f"overwrites {', '.join(overwritten)}"
         shapes, expected = ([tuple(x.shape) for x in xs] for xs in (answers, self.torchs[mode]))
         return (answers, "") if shapes == expected else ((), f"wrong shapes {shapes}, not {expected}")
 
-    def _restore(self) -> list[str]:
-        """The names of what was given to the calls and has other values now; gives those back."""
-        overwritten = []
-        for name, (x, drawn) in self.given.items():
-            if not torch.equal(x, drawn):
-                overwritten.append(name)
-                with torch.no_grad():
-                    x.copy_(drawn)
-        return overwritten
+
+class Kept(Generic[Name]):
+    """Tensors by name, and copies of the values that they have now."""
+
+    def __init__(self, tensors: Mapping[Name, Tensor]) -> None:
+        self.pairs = {name: (x, x.detach().clone()) for name, x in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self) -> list[Name]:
+        """The names of those that have other values now, which get the old ones back."""
+        changed = [name for name, (x, copied) in self.pairs.items() if not torch.equal(x, copied)]
+        for name in changed:
+            x, copied = self.pairs[name]
+            x.copy_(copied)
+        return changed
 
 
 def caller(mode: str, function: Function, inputs: dict[str, Tensor], grad_outputs: list[Tensor]) -> Call:

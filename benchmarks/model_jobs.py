@@ -21,6 +21,7 @@ from fastformer.models.config import TransformerConfig
 from fastformer.models.training import TrainingConfig, make_optimizer
 
 from .case import COMPILE, OURS, OURS_COMPILED
+from .checking import Kept
 from .harness import FORWARD, TRAINING
 from .model_work import ModelWork
 from .plain_models import Generator, PlainBERT, PlainGPT, PlainLlama, sizes
@@ -115,7 +116,7 @@ class TrainStep:
     def __init__(self, pair: Pair, batch: int, length: int) -> None:
         self.pair = pair
         self.parameters = list(pair.plain.parameters())
-        self.beginning = Kept(self.parameters)
+        self.beginning = Kept(dict(pair.plain.named_parameters()))
         self.optimizer = make_optimizer(pair.plain, TrainingConfig())
         self.batch = pair.random_tokens(2, batch, length)
         self.constants = [self.batch]
@@ -263,18 +264,3 @@ def distance(answer: list[Tensor], right: list[Tensor]) -> float:
         for a, b in zip(answer, right, strict=True)
     ]
     return torch.stack(shares).max().item()
-
-
-class Kept:
-    """Tensors that nobody may change, and copies of them."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.pairs = [(x, x.detach().clone()) for x in tensors]
-
-    @torch.no_grad()
-    def restore(self) -> bool:
-        """Gives back the values that were changed: were any?"""
-        changed = [(x, copied) for x, copied in self.pairs if not torch.equal(x, copied)]
-        for x, copied in changed:
-            x.copy_(copied)
-        return bool(changed)

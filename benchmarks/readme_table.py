@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,10 +204,10 @@ def _operations(rows: Sequence[dict]) -> list[str]:
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for row in rows:
         cells.setdefault((row["operation"], row["shape"]), {})[row["dtype"], row["mode"]] = _speedups(row, groups)
-    sizes: dict[str, list[str]] = {}
+    sizes = Counter()
     for (operation, shape), found in cells.items():
-        sizes.setdefault(operation, []).append(shape)
-        if len(sizes[operation]) > SIZES:
+        sizes[operation] += 1
+        if sizes[operation] > SIZES:
             continue
         lines.append(f"| {' | '.join([f'`{operation}`', shape, *(found.get(column, '') for column in columns)])} |")
     return lines
