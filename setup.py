@@ -40,6 +40,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfa
 OLDEST_CUDA = (12, 0)  # the first that knows C++20 and sm_90a
 # Ampere and Hopper, whose special instructions only the code for 9.0a may have; newer GPUs translate the PTX.
 ARCHITECTURES = "8.0+PTX;9.0a"
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 OLDEST_ARCHITECTURE = 8
 # What the CUDA library takes from a part of torch that a build for CPUs lacks. A library of that name and with these
 # functions stands in for it in linking: so the real one is found, which torch has loaded for itself alone.
@@ -180,14 +181,12 @@ def cpu_rules(compiler: str, library: Path) -> list[str]:
 
 
 def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
-    """Lines of build.ninja: one object per file of csrc/cuda, for all architectures, and one library."""
+    """Lines of build.ninja: one object per file of csrc/cuda, for all architectures that it is for, and one library."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    flags = [
-        *NVCC_FLAGS,
-        STABLE_ABI,
-        *architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES),
-    ]
+    architectures = architecture_flags(os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES)
+    has_hopper = HOPPER in architectures
+    flags = [*NVCC_FLAGS, STABLE_ABI, *(["-DFASTFORMER_SM90A"] if has_hopper else [])]
     flags += [f"-isystem {path}" for path in include_paths()]
     threads = os.environ.get("NVCC_THREADS")
     flags += [f"--threads {threads}"] if threads else []
@@ -198,7 +197,7 @@ def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
     command = f"{nvcc} -ccbin {program}"
     rules = [
         "rule nvcc",
-        f"  command = {command} -MMD -MF $out.d {' '.join(flags)} -c $in -o $out",
+        f"  command = {command} -MMD -MF $out.d {' '.join(flags)} $architectures -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule stand_in",
@@ -209,10 +208,12 @@ def cuda_rules(compiler: str, nvcc: str, library: Path) -> list[str]:
     ]
     objects = []
     for source in sorted((CSRC / "cuda").glob("*.c*")):
-        if source.suffix not in (".cu", ".cpp"):
+        of_hopper = source.stem.endswith("_hopper")
+        if source.suffix not in (".cu", ".cpp") or (of_hopper and not has_hopper):
             continue
         objects.append(f"cuda/{source.stem}.o")
-        rules.append(f"build {objects[-1]}: nvcc {source}")
+        chosen = [HOPPER] if of_hopper else architectures
+        rules += [f"build {objects[-1]}: nvcc {source}", f"  architectures = {' '.join(chosen)}"]
     stand_in = "stand_in/libtorch_cuda.so"
     rules += [f"build {stand_in}: stand_in torch_cuda.c", "  soname = libtorch_cuda.so"]
     return [*rules, f"build {library}: link_cuda {' '.join(objects)} {stand_in}"]

@@ -17,6 +17,13 @@
 #define FASTFORMER_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastformer, CUDA, m)
 #endif
 
+// Whether the kernels of *_hopper.cu are there: setup.py compiles them if sm_90a is asked for.
+#if defined(FASTFORMER_SIMT) || defined(FASTFORMER_SM90A)
+#define FASTFORMER_HAS_HOPPER 1
+#else
+#define FASTFORMER_HAS_HOPPER 0
+#endif
+
 namespace fastformer::cuda {
 
 // The device of `tensor` is the current one while this lives; `stream` is the one that torch works on there.
@@ -28,6 +35,8 @@ class OnDevice {
   explicit OnDevice(const Tensor&) {}
   int multiprocessors() const { return simt::device.multiprocessors; }
   int64_t shared_memory_limit() const { return static_cast<int64_t>(simt::device.shared_bytes); }
+  int64_t l2_bytes() const { return simt::device.l2_bytes; }
+  bool is_hopper() const { return simt::device.compute_capability == 90; }
 
  private:
   simt::Call call_;  // forgets the memory of the call before
@@ -40,6 +49,11 @@ class OnDevice {
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
   // Bytes that a block may have: 227 KB on sm_90, 163 KB on sm_80, 99 KB on sm_86 and sm_89.
   int64_t shared_memory_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  int64_t l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
+  // Whether code for sm_90a runs.
+  bool is_hopper() const {
+    return attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  }
 
  private:
   int attribute(cudaDeviceAttr which) const {

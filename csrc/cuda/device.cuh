@@ -58,13 +58,14 @@ FASTFORMER_DEVICE uint32_t pack_pair(float low, float high) {
   }
 }
 
-// The block's dynamic shared memory, which `launch` was told the size of; aligned to 128 bytes.
+// The block's dynamic shared memory, which `launch` was told the size of; aligned to 1024 bytes, as TMA's boxes
+// want it.
 template <typename T>
 FASTFORMER_DEVICE T* shared_memory() {
 #ifdef FASTFORMER_SIMT
   return static_cast<T*>(simt::shared_memory());
 #else
-  extern __shared__ __align__(128) unsigned char fastformer_shared[];
+  extern __shared__ __align__(1024) unsigned char fastformer_shared[];
   return reinterpret_cast<T*>(fastformer_shared);
 #endif
 }

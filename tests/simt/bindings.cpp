@@ -36,13 +36,15 @@ PYBIND11_MODULE(fastformer_simt, m) {
   m.def("launched", [] { return simt::launched(); }, "Addresses of the kernels launched since the module was loaded.");
   m.def(
       "set_device",
-      [](size_t shared_bytes, int multiprocessors) {
+      [](size_t shared_bytes, int multiprocessors, int compute_capability, int64_t l2_bytes) {
         if (shared_bytes > simt::kMostShared) throw std::invalid_argument("no device has so much shared memory");
-        simt::device = {shared_bytes, multiprocessors};
+        simt::device = {shared_bytes, multiprocessors, compute_capability, l2_bytes};
       },
       py::arg("shared_bytes") = simt::Device().shared_bytes,
       py::arg("multiprocessors") = simt::Device().multiprocessors,
-      "What the kernels are told of the device: bytes of shared memory a block can have, and multiprocessors.");
+      py::arg("compute_capability") = simt::Device().compute_capability, py::arg("l2_bytes") = simt::Device().l2_bytes,
+      "What the kernels are told of the device: bytes of shared memory a block can have, multiprocessors, the compute "
+      "capability (90 is that of sm_90), and bytes of the L2 cache.");
   m.def(
       "set_patience",
       [](uint64_t accesses, uint64_t synchronisations, double seconds) {

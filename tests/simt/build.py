@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "simt"
 WORK = ROOT / "build" / "simt"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-KERNEL_FLAGS = ["-x c++", "-O1", "-g1", "-DFASTFORMER_SIMT", "-Wno-unknown-pragmas", f"-I{HERE}"]
+KERNEL_FLAGS = ["-x c++", "-O1", "-g1", "-DFASTFORMER_SIMT", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{HERE}"]
 # What -fsanitize calls is the emulator's own: nothing is linked with that flag.
 KERNEL_FLAGS += ["-fsanitize=thread,alignment,bounds-strict"]
 KERNEL_FLAGS += [f"-fno-builtin-{name}" for name in ("memcpy", "memmove", "memset")]  # else expanded without hooks

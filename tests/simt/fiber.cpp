@@ -6,6 +6,7 @@
 #include <random>
 #include <stdexcept>
 
+#include "asynchronous.h"
 #include "runtime.h"
 #include "schedule.h"
 
@@ -157,6 +158,7 @@ void run_block() {
   const Time start = advance();
   state.starts.push_back(start);
   state.block_start = start;
+  state.actors = false;
   Clock* clock = new_clock(nullptr);
   for (int i = 0; i < state.num_threads; ++i) clock->of[i] = start - 1;  // others are ordered with nothing yet
   for (int i = 0; i < state.num_threads; ++i) {
@@ -275,6 +277,7 @@ void launch(const Launch& what, void (*body)(void*), void* context) {
   blockDim = {what.block.x, what.block.y, what.block.z};
   gridDim = {what.grid.x, what.grid.y, what.grid.z};
   begin_launch_memory();
+  begin_launch_counters();
   state.launch_start = state.counter + 1;
   ++state.launches;
   launched_kernels.insert(code_of(what.kernel));

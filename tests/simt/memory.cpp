@@ -5,11 +5,17 @@
 #include <limits>
 #include <stdexcept>
 
+#include "asynchronous.h"
 #include "runtime.h"
 #include "schedule.h"
 #include "shadow.h"
 
 namespace simt {
+
+uintptr_t shared_begin = 0;
+Unit* shared_units = nullptr;
+Readers shared_readers;
+
 namespace {
 
 struct Region {
@@ -29,12 +35,10 @@ std::vector<Range> unwritten_ranges;
 Time call = 1;
 
 char* shared_area = nullptr;  // kAround, shared memory, kAround
-uintptr_t shared_begin = 0;
-Unit* shared_units = nullptr;
 char* arena = nullptr;
 size_t arena_used = 0;
 
-Readers shared_readers, global_readers;
+Readers global_readers;
 
 char* reserve(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -55,7 +59,7 @@ Side before(int thread, Mark mark, const char* did) {
   const auto after = std::upper_bound(state.starts.begin(), state.starts.end(), mark.time);
   Side side;
   side.block = after - state.starts.begin() - 1;
-  side.thread = thread;
+  side.thread = thread_of(thread);
   side.code = mark.code & ~kAtomic;
   side.did = (mark.code & kAtomic) != 0 ? past(Doing::atomic) : did;
   return side;
@@ -66,23 +70,6 @@ Report finding_at(Kind kind, const Thread& me, bool write, Code code, uintptr_t 
   finding.address = address;
   finding.bytes = static_cast<int>(bytes);
   return finding;
-}
-
-[[gnu::noinline]] void report_copy(const Thread& me, bool write, Code code, uintptr_t address, size_t bytes) {
-  Report finding = finding_at(Kind::copy_under_way, me, write, code, address, bytes);
-  for (int i = 0; i < state.num_threads; ++i) {
-    for (const Copy& copy : state.threads[i].copies) {
-      const auto to = reinterpret_cast<uintptr_t>(copy.to), from = reinterpret_cast<uintptr_t>(copy.from);
-      if (to < address + bytes && address < to + copy.bytes) {
-        finding.before = side(state.threads[i], copy.code, "began a cp.async to");
-      } else if (write && copy.valid && from < address + bytes && address < from + copy.bytes) {
-        finding.before = side(state.threads[i], copy.code, "began a cp.async from");
-      } else {
-        continue;
-      }
-      return report(std::move(finding));
-    }
-  }
 }
 
 const Region* find(const std::vector<Region>& regions, uintptr_t address, size_t bytes) {
@@ -281,6 +268,19 @@ std::string name_of_address(uintptr_t address) {
       }
     }
   }
+  if (nearest == UINTPTR_MAX) {  // the tensors of structs
+    for (size_t i = 0; i + sizeof(uintptr_t) <= state.launch.arguments_bytes; i += sizeof(uintptr_t)) {
+      uintptr_t pointer;
+      std::memcpy(&pointer, static_cast<const char*>(state.launch.arguments) + i, sizeof(pointer));
+      const Region* region = find(writable, pointer, 1);
+      if (region == nullptr) region = find(readable, pointer, 1);
+      const uintptr_t distance = address >= pointer ? address - pointer : pointer - address;
+      if (region == nullptr || distance >= nearest || distance > (uintptr_t{1} << 40)) continue;
+      nearest = distance;
+      name =
+          "a struct's pointer" + offset(address, pointer) + " (of " + std::to_string(region->end - pointer) + " bytes)";
+    }
+  }
   return name;
 }
 
@@ -292,21 +292,28 @@ void access_as(Thread& thread, const void* address, size_t bytes, bool write, Co
   }
 }
 
+void access_range(Thread& thread, const void* pointer, size_t bytes, Doing doing, Code code) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  switch (doing) {
+    case Doing::read:
+      return access<Doing::read>(thread, address, bytes, code);
+    case Doing::write:
+      return access<Doing::write>(thread, address, bytes, code);
+    case Doing::atomic:
+      return access<Doing::atomic>(thread, address, bytes, code);
+  }
+}
+
 bool in_shared(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) - (shared_begin - kAround) < kMostShared + 2 * kAround;
 }
 
-namespace {
-template <typename Each>
-void for_units(const void* address, int bytes, Each each) {
+Unit* unit_of(const void* address, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (in_shared(address)) {
-    each(shared_units[(begin >> 4) - (shared_begin >> 4)], ((1u << bytes) - 1) << (begin & 15));
-  } else if (const Region* region = find(writable, begin, bytes)) {
-    each(region->units[(begin >> 4) - (region->begin >> 4)], ((1u << bytes) - 1) << (begin & 15));
-  }
+  if (in_shared(address)) return shared_units + ((begin >> 4) - (shared_begin >> 4));
+  const Region* region = find(writable, begin, bytes);
+  return region == nullptr ? nullptr : region->units + ((begin >> 4) - (region->begin >> 4));
 }
-}  // namespace
 
 void check_sees_shared(Thread& thread, const void* pointer, Code code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -317,27 +324,6 @@ void check_sees_shared(Thread& thread, const void* pointer, Code code) {
     report_race(thread, Doing::read, code, address + (i << unit.shift), 1 << unit.shift, cell.writer, cell.write,
                 past(Doing::write));
   }
-}
-
-void begin_copy(Thread& thread, const Copy& copy) {
-  access_as(thread, copy.to, copy.bytes, true, copy.code);
-  if (copy.valid) {
-    access_as(thread, copy.from, copy.bytes, false, copy.code);
-    for_units(copy.from, copy.bytes, [](Unit& unit, unsigned) { ++unit.sources; });
-  }
-  for_units(copy.to, copy.bytes, [](Unit& unit, unsigned mask) { unit.in_flight |= static_cast<uint16_t>(mask); });
-}
-
-void end_copy(Thread& thread, const Copy& copy) {
-  for_units(copy.to, copy.bytes, [](Unit& unit, unsigned mask) { unit.in_flight &= static_cast<uint16_t>(~mask); });
-  if (copy.valid) {
-    for_units(copy.from, copy.bytes, [](Unit& unit, unsigned) { --unit.sources; });
-    access_as(thread, copy.from, copy.bytes, false, copy.code);
-    std::memcpy(copy.to, copy.from, copy.bytes);
-  } else {
-    std::memset(copy.to, 0, copy.bytes);
-  }
-  access_as(thread, copy.to, copy.bytes, true, copy.code);
 }
 
 #define FASTFORMER_SIMT_LOAD(bytes, type)                                                      \

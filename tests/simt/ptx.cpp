@@ -17,16 +17,6 @@ struct Product {
   bool bfloat16;
 };
 
-[[noreturn]] void stop_call(const Thread& thread, Code code, const char* did, const char* text) {
-  Report finding{.kind = Kind::bad_call, .now = side(thread, code, did)};
-  finding.text = text;
-  stop(std::move(finding));
-}
-
-void check_all_lanes(unsigned arrived, const char* did) {
-  if (arrived != ~0u) stop_call(*current, current->code, did, "it wants all 32 lanes");
-}
-
 float element(uint32_t pair, int half, bool bfloat16) {
   const auto bits = static_cast<uint16_t>(pair >> (16 * half));
   return bfloat16 ? fastformer::cuda::to_float(fastformer::BFloat16{bits})
@@ -36,7 +26,7 @@ float element(uint32_t pair, int half, bool bfloat16) {
 // "Matrix fragments for mma.m16n8k16 with floating point type": group = lane / 4, member = lane % 4.
 void multiply(Thread* const* lanes, unsigned arrived) {
   float a[16][16], b[16][8];
-  check_all_lanes(arrived, "in mma_m16n8k16");
+  check_all_lanes(lanes, arrived, "in mma_m16n8k16");
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& mine = *static_cast<const Product*>(lanes[lane]->operand);
     const int group = lane / 4, member = lane % 4;
@@ -67,7 +57,7 @@ struct Rows {
 };
 
 void load_matrices(Thread* const* lanes, unsigned arrived) {
-  check_all_lanes(arrived, "in ldmatrix_x4");
+  check_all_lanes(lanes, arrived, "in ldmatrix_x4");
   uint16_t elements[4][8][8];
   // Every lane gets elements of rows that others named. Lanes with one clock see the same, but for what they wrote
   // themselves: two of them speak for all.
@@ -79,7 +69,7 @@ void load_matrices(Thread* const* lanes, unsigned arrived) {
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto& mine = *static_cast<const Rows*>(lanes[lane]->operand);
     if (!in_shared(mine.row))
-      stop_call(*lanes[lane], lanes[lane]->code, "in ldmatrix_x4", "it reads shared memory only");
+      bad_call(*lanes[lane], lanes[lane]->code, "in ldmatrix_x4", "it reads shared memory only");
     access_as(*lanes[lane], mine.row, 16, false, lanes[lane]->code);
     for (int i = 0; i < count; ++i) check_sees_shared(*lanes[speakers[i]], mine.row, lanes[lane]->code);
     std::memcpy(elements[lane / 8][lane % 8], mine.row, 16);
@@ -99,7 +89,7 @@ void load_matrices(Thread* const* lanes, unsigned arrived) {
 
 void cp_async(void* shared, const void* global, int bytes, bool valid) {
   if (!in_shared(shared) || (valid && in_shared(global))) {
-    stop_call(*current, FASTFORMER_SIMT_CALLER, "in cp_async", "it copies from global to shared memory");
+    bad_call(*current, FASTFORMER_SIMT_CALLER, "in cp_async", "it copies from global to shared memory");
   }
   const Copy copy{static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid, FASTFORMER_SIMT_CALLER};
   begin_copy(*current, copy);

@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 
+#include "asynchronous.h"
 #include "runtime.h"
 #include "schedule.h"
 
@@ -23,6 +24,8 @@ const char* name_of(Kind kind) {
   switch (kind) {
     case Kind::race:
       return "race";
+    case Kind::proxy:
+      return "proxy";
     case Kind::out_of_bounds:
       return "out of bounds";
     case Kind::read_only:
@@ -84,7 +87,8 @@ std::map<Code, Place> places_of(const std::set<Code>& codes) {
       place->function = function;
       std::string where = line.substr(0, line.find(" ("));
       where = where.substr(where.rfind('/') + 1);
-      const bool ours = where.rfind("simt.h:", 0) == 0 || where.rfind("simt_ptx.h:", 0) == 0;
+      const bool ours =
+          where.rfind("simt.h:", 0) == 0 || where.rfind("simt_ptx.h:", 0) == 0 || where.rfind("simt_hopper.h:", 0) == 0;
       if (!ours && where != "??:?" && where != "??:0") place->lines.push_back(where);
     }
     line.clear();
@@ -125,7 +129,9 @@ std::string who(const Side& side) {
 
 }  // namespace
 
-Side side(const Thread& thread, Code code, const char* did) { return {state.block, thread.index, code, did}; }
+Side side(const Thread& thread, Code code, const char* did) {
+  return {state.block, thread_of(thread.index), code, did};
+}
 
 void report(Report finding) {
   for (const Report& other : reports) {
@@ -134,6 +140,12 @@ void report(Report finding) {
     }
   }
   if (reports.size() < kMost || state.aborted) reports.push_back(std::move(finding));
+}
+
+void bad_call(const Thread& thread, Code code, const char* did, std::string text) {
+  Report finding{.kind = Kind::bad_call, .now = side(thread, code, did)};
+  finding.text = std::move(text);
+  stop(std::move(finding));
 }
 
 std::map<Code, std::string> names_of(const std::set<Code>& kernels) {

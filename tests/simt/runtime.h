@@ -9,7 +9,7 @@
 // Time: one counter that every synchronisation advances. A thread's `time` is the counter's value when it last
 // synchronised; its `clock` has of every thread the latest time it is ordered after. An access at `time` of thread u is
 // ordered before what thread t does now if t's clock[u] >= time. Clocks are shared and never changed: a barrier makes
-// one new clock for all that waited there.
+// one new clock for all that waited there. Copies by TMA and wgmma have entries in it as well (asynchronous.h).
 #pragma once
 
 #include <array>
@@ -24,17 +24,20 @@ namespace simt {
 constexpr int kMaxThreads = 1024;
 constexpr int kWarp = 32;
 constexpr size_t kMostShared = 256 * 1024;  // bytes a block can have on any device
+constexpr int kActors = 130;                // see asynchronous.h
 
 using Time = uint32_t;
 using Code = uint32_t;  // a code address, as an offset into this library
 
 struct Clock {
   int references;
-  Time of[kMaxThreads];  // as many as the block has threads
+  Time of[kMaxThreads + kActors];  // as many as the block has threads, and with `actors` theirs behind
+  Time fenced[kMaxThreads];  // with `actors`: until when each thread's writes are there for the asynchronous proxy
 };
 
 enum class Kind : uint8_t {
   race,
+  proxy,
   out_of_bounds,
   read_only,
   misaligned,
@@ -64,7 +67,7 @@ struct Report {
   std::vector<std::pair<std::string, Code>> notes = {};  // lines below it, each with a place in the source
 };
 
-enum class Wait : uint8_t { nothing, block, warp, barrier, exited };
+enum class Wait : uint8_t { nothing, block, warp, barrier, mbarrier, counter, exited };
 
 struct Copy {
   char* to;
@@ -83,7 +86,7 @@ struct Thread {
   Wait wait;
   Code code;                   // where it waits
   const char* waits_in;        // "in " a function
-  int barrier;                 // the number of the one it waits in
+  int barrier;                 // the number of the one it waits in, or a counter's value
   void* operand;               // of a warp's operation
   std::vector<Copy> copies;    // cp.async's under way, oldest first
   std::vector<size_t> groups;  // how many copies each committed group has
@@ -95,7 +98,8 @@ struct State {
   void (*body)(void*);
   void* context;
   int num_threads = 0;
-  int64_t block = 0;  // its number in the grid
+  bool actors = false;  // whether this block has done anything asynchronous but cp.async
+  int64_t block = 0;    // its number in the grid
   Time counter = 0;
   Time launch_start = 0, block_start = 0;
   std::vector<Thread> threads;
@@ -136,6 +140,7 @@ extern std::vector<Report> reports;  // of the launch that runs
 void report(Report report);
 // A finding after which the kernel can't go on. Threads are left where they are: they own nothing.
 [[noreturn]] void stop(Report report);
+[[noreturn]] void bad_call(const Thread& thread, Code code, const char* did, std::string text);
 Side side(const Thread& thread, Code code, const char* did);
 
 // What the world sees of a report.
@@ -159,12 +164,16 @@ std::string name_of_stack(uintptr_t address);
 // Clocks.
 Clock* new_clock(const Clock* copy_of);
 void set_clock(Thread& thread, Clock* clock);
+void release(Clock* clock);
+void join(Clock* into, const Clock* other);
 inline Time advance() { return ++state.counter; }
 
 // Operations of a warp: waits until all lanes of `mask` that have not exited are here; the last one calls
 // `finish(lanes, arrived)`.
 using Finish = void (*)(Thread* const* lanes, unsigned arrived);
 void warp_operation(unsigned mask, void* operand, Code code, const char* name, Finish finish);
+// Stops unless all 32 came.
+void check_all_lanes(Thread* const* lanes, unsigned arrived, const char* did);
 
 // Memory (memory.cpp).
 void begin_launch_memory();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 
 #include "runtime.h"
 
@@ -35,7 +36,7 @@ struct Unit {
   Cell cells[16];
 };
 
-// Sets of readers, and of atomic accesses, of a cell: a mark a thread, and one of any thread of another block.
+// Sets of readers, and of atomic accesses, of a cell: a mark a thread or actor, and one of any thread of another block.
 class Readers {
  public:
   void clear() {
@@ -52,8 +53,8 @@ class Readers {
       set = free_.back();
       free_.pop_back();
     }
-    bounds_[set] = {state.num_threads, -1, 0, false};
-    marks_[size_t{set} * size() + state.num_threads] = {};
+    bounds_[set] = {kMaxThreads + kActors, -1, 0, false};
+    marks_[size_t{set} * size() + foreign()] = {};
     return set;
   }
   Time copy(Time of) {
@@ -82,7 +83,7 @@ class Readers {
   }
   // A mark of another block.
   void put_foreign(Time set, int thread, Mark mark) {
-    marks_[size_t{set} * size() + state.num_threads] = mark;
+    marks_[size_t{set} * size() + foreign()] = mark;
     bounds_[set].foreign = thread;
     bounds_[set].atomics |= (mark.code & kAtomic) != 0;
   }
@@ -95,7 +96,7 @@ class Readers {
     for (int i = bounds.first; i <= bounds.last; ++i) {
       if (marks[i].time != 0) each(i, marks[i]);
     }
-    if (const Mark mark = marks[state.num_threads]; mark.time != 0) each(bounds.foreign, mark);
+    if (const Mark mark = marks[foreign()]; mark.time != 0) each(bounds.foreign, mark);
   }
 
  private:
@@ -104,14 +105,39 @@ class Readers {
     int foreign;      // the thread of the mark of another block
     bool atomics;
   };
-  size_t size() const { return state.num_threads + 1; }
+  size_t size() const { return state.num_threads + kActors + 1; }
+  size_t foreign() const { return state.num_threads + kActors; }
   std::vector<Mark> marks_;
   std::vector<Bounds> bounds_;
   std::vector<Time> free_;
   Time used_ = 0;
 };
 
+extern uintptr_t shared_begin;
+extern Unit* shared_units;  // of the 16 bytes there, and so on
+extern Readers shared_readers;
+
+// That of the first of these bytes; nullptr if they are not watched.
+Unit* unit_of(const void* address, size_t bytes);
+// Calls each(unit, which of its bytes) for memory that is watched.
+template <typename Each>
+inline void each_unit(const void* address, size_t bytes, Each each) {
+  Unit* unit = unit_of(address, bytes);
+  if (unit == nullptr) return;
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  for (uintptr_t at = begin; at < begin + bytes; ++unit) {
+    const size_t count = std::min<size_t>(16 - (at & 15), begin + bytes - at);
+    each(*unit, ((1u << count) - 1) << (at & 15));
+    at += count;
+  }
+}
+// Reports an access of bytes that are in flight, or a write of those that a copy under way reads.
+void report_copy(const Thread& me, bool write, Code code, uintptr_t address, size_t bytes);
+
 enum class Doing { read, write, atomic };
+
+// An access of any bytes.
+void access_range(Thread& thread, const void* address, size_t bytes, Doing doing, Code code);
 
 inline const char* past(Doing doing) {
   return doing == Doing::read ? "read" : doing == Doing::write ? "wrote" : "changed atomically";

@@ -55,6 +55,8 @@ enum class Access { read, write };
 struct Device {
   size_t shared_bytes = 163 * 1024;  // that a block can have, as on sm_80
   int multiprocessors = 4;
+  int compute_capability = 80;
+  int64_t l2_bytes = 50 << 20;
 };
 extern __attribute__((visibility("hidden"))) Device device;
 
@@ -72,6 +74,18 @@ class Call {
 void allow(const void* begin, int64_t bytes, Access access);
 // Nobody has written this memory yet: what kernels read there before they write it is reported. Filled with NaN.
 void unwritten(void* begin, int64_t bytes);
+
+// A tensor, and the boxes of it that TMA copies: see csrc/cuda/tensor_map.h. `strides` are bytes here.
+struct alignas(64) TensorMap {
+  const char* data;
+  int64_t sizes[5], strides[5];
+  int box[5];
+  int element_bytes, rank;
+  int swizzle;  // 0: none; n: of rows of 16 << n bytes
+};
+// Raises std::runtime_error with what cuTensorMapEncodeTiled would refuse.
+TensorMap tensor_map(const void* data, int element_bytes, int rank, const int64_t* sizes, const int64_t* strides,
+                     const int* box, int swizzle);
 
 // The dynamic shared memory of the block that runs.
 void* shared_memory();

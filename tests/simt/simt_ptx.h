@@ -14,10 +14,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void barrier_sync(int barrier, int threads);
 void barrier_arrive(int barrier, int threads);
 float ex2(float x);
+uint32_t shared_address(const void* pointer);
 
 }  // namespace simt
 
 namespace fastformer::cuda::ptx {
+
+// Bytes from the beginning of the block's shared memory.
+__forceinline__ uint32_t shared_address(const void* pointer) { return simt::shared_address(pointer); }
 
 template <int kBytes>
 __forceinline__ void cp_async(void* shared, const void* global, bool valid) {

@@ -3,6 +3,7 @@
 #include <bit>
 #include <map>
 
+#include "asynchronous.h"
 #include "runtime.h"
 #include "schedule.h"
 #include "simt_ptx.h"
@@ -36,14 +37,6 @@ Barrier barriers[16];
 int num_live, num_exited, num_waiting, last_exited;
 int first_waiting;
 std::vector<Clock*> free_clocks;
-
-void join(Clock* into, const Clock* other) {
-  for (int i = 0; i < state.num_threads; ++i) into->of[i] = std::max(into->of[i], other->of[i]);
-}
-
-void release(Clock* clock) {
-  if (clock != nullptr && --clock->references == 0) free_clocks.push_back(clock);
-}
 
 [[noreturn]] void stop_thread(const Thread& thread, Kind kind, Code code, const char* did, std::string text) {
   Report finding{.kind = kind, .now = side(thread, code, did)};
@@ -125,6 +118,17 @@ bool arrive(Barrier& barrier, Thread& thread, int number, int threads, Code code
   return ++barrier.arrived == barrier.expected;
 }
 
+// A clock of all threads, but for what each knows of the actors and their proxy.
+void meet_actors(Clock* clock) {
+  std::fill_n(clock->of + state.num_threads, kActors, Time{0});
+  std::fill_n(clock->fenced, state.num_threads, Time{0});
+  const Clock* last = nullptr;
+  for (int i = 0; i < state.num_threads; ++i) {
+    if (state.threads[i].clock != last) join(clock, state.threads[i].clock);
+    last = state.threads[i].clock;
+  }
+}
+
 void open(Barrier& barrier) {
   const Time now = advance();
   std::sort(barrier.waiting.begin(), barrier.waiting.end());
@@ -153,8 +157,38 @@ Clock* new_clock(const Clock* copy_of) {
     free_clocks.pop_back();
   }
   clock->references = 0;
-  if (copy_of != nullptr) std::copy_n(copy_of->of, state.num_threads, clock->of);
+  if (copy_of != nullptr) {
+    std::copy_n(copy_of->of, state.num_threads + (state.actors ? kActors : 0), clock->of);
+    if (state.actors) std::copy_n(copy_of->fenced, state.num_threads, clock->fenced);
+  }
   return clock;
+}
+
+void release(Clock* clock) {
+  if (clock != nullptr && --clock->references == 0) free_clocks.push_back(clock);
+}
+
+void join(Clock* into, const Clock* other) {
+  const int known = state.num_threads + (state.actors ? kActors : 0);
+  for (int i = 0; i < known; ++i) into->of[i] = std::max(into->of[i], other->of[i]);
+  if (!state.actors) return;
+  for (int i = 0; i < state.num_threads; ++i) into->fenced[i] = std::max(into->fenced[i], other->fenced[i]);
+}
+
+void begin_actors() {
+  state.actors = true;
+  const auto extend = [](Clock* clock) {
+    if (clock == nullptr) return;
+    std::fill_n(clock->of + state.num_threads, kActors, Time{0});
+    std::fill_n(clock->fenced, state.num_threads, Time{0});
+  };
+  for (int i = 0; i < state.num_threads; ++i) extend(state.threads[i].clock);
+  for (Barrier& barrier : barriers) extend(barrier.clock);
+  begin_block_mbarriers();
+  begin_block_stores();
+  begin_block_products();
+  begin_block_counters();
+  begin_block_registers();
 }
 
 void set_clock(Thread& thread, Clock* clock) {
@@ -184,6 +218,14 @@ void begin_block_synchronisation() {
 int live_threads() { return num_live; }
 
 void thread_exited(Thread& thread) {
+  if (state.actors) {
+    store_thread_exited(thread);
+    if (num_live == 1) {
+      end_block_mbarriers();
+      end_block_products();
+      end_block_registers();
+    }
+  }
   --num_live;
   ++num_exited;
   last_exited = thread.index;
@@ -209,6 +251,8 @@ void report_deadlock() {
     if (thread.wait == Wait::exited) continue;
     std::string what = thread.waits_in;
     if (thread.wait == Wait::barrier) what += " of barrier " + std::to_string(thread.barrier);
+    if (thread.wait == Wait::counter) what += " of one that is at " + std::to_string(thread.barrier);
+    if (thread.wait == Wait::mbarrier) what += " of " + state_of_mbarrier(thread.barrier);
     waiting[{thread.code, what}].push_back(i);
   }
   Report finding{.kind = Kind::deadlock, .now = side(*current, current->code, current->waits_in)};
@@ -265,6 +309,11 @@ void warp_operation(unsigned mask, void* operand, Code code, const char* name, F
   }
 }
 
+void check_all_lanes(Thread* const* lanes, unsigned arrived, const char* did) {
+  const Thread& any = *lanes[std::countr_zero(arrived)];
+  if (arrived != kEveryLane) bad_call(any, any.code, did, "it wants all 32 lanes");
+}
+
 void sync_threads() {
   Thread& me = *current;
   const Code code = FASTFORMER_SIMT_CALLER;
@@ -286,6 +335,7 @@ void sync_threads() {
     clock->of[i] = thread.time;
     thread.time = now;
   }
+  if (state.actors) meet_actors(clock);
   for (int i = 0; i < state.num_threads; ++i) {
     set_clock(state.threads[i], clock);
     wake(state.threads[i]);
@@ -316,69 +366,6 @@ void sync_warp(unsigned mask) {
       if (arrived >> i & 1) set_clock(*lanes[i], clock);
     }
   });
-}
-
-namespace {
-struct Shuffled {
-  Shuffle kind;
-  uint64_t value, result;
-  int lane, width;
-};
-}  // namespace
-
-uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t value, int lane, int width) {
-  const Code code = FASTFORMER_SIMT_CALLER;
-  if (width < 1 || width > kWarp || (width & (width - 1)) != 0) {
-    stop_at(Kind::bad_call, code, "in a shuffle", "the width must be a power of two up to 32");
-  }
-  Shuffled mine{kind, value, value, lane, width};
-  warp_operation(mask, &mine, code, "in a shuffle", [](Thread* const* lanes, unsigned arrived) {
-    for (int i = 0; i < kWarp; ++i) {
-      if ((arrived >> i & 1) == 0) continue;
-      auto& mine = *static_cast<Shuffled*>(lanes[i]->operand);
-      const int first = i & ~(mine.width - 1);
-      int from = i;
-      switch (mine.kind) {
-        case Shuffle::index:
-          from = first + (mine.lane & (mine.width - 1));
-          break;
-        case Shuffle::up:
-          from = i - mine.lane < first ? i : i - mine.lane;
-          break;
-        case Shuffle::down:
-          from = i + mine.lane >= first + mine.width ? i : i + mine.lane;
-          break;
-        case Shuffle::xor_:
-          from = (i ^ mine.lane) >= first + mine.width || (i ^ mine.lane) < 0 ? i : i ^ mine.lane;
-          break;
-      }
-      if ((arrived >> from & 1) == 0) {
-        Report finding{.kind = Kind::divergence, .now = side(*lanes[i], lanes[i]->code, "in a shuffle")};
-        finding.text = "it asks lane " + std::to_string(from) + ", which has ended or is not in the mask";
-        report(std::move(finding));
-        continue;
-      }
-      mine.result = static_cast<const Shuffled*>(lanes[from]->operand)->value;
-    }
-  });
-  return mine.result;
-}
-
-unsigned ballot(unsigned mask, bool vote) {
-  struct Vote {
-    bool vote;
-    unsigned result;
-  } mine{vote, 0};
-  warp_operation(mask, &mine, FASTFORMER_SIMT_CALLER, "in a vote", [](Thread* const* lanes, unsigned arrived) {
-    unsigned votes = 0;
-    for (int i = 0; i < kWarp; ++i) {
-      if ((arrived >> i & 1) != 0 && static_cast<Vote*>(lanes[i]->operand)->vote) votes |= 1u << i;
-    }
-    for (int i = 0; i < kWarp; ++i) {
-      if (arrived >> i & 1) static_cast<Vote*>(lanes[i]->operand)->result = votes;
-    }
-  });
-  return mine.result;
 }
 
 unsigned active_mask() { return warps[current->index / kWarp].live; }
