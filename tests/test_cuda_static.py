@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import cuda_resources
@@ -12,6 +13,7 @@ from fastformer import backends, library
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 TRANSLATED = [path for path in SOURCES if path.suffix == ".cu"]
+OF_HOPPER = [path for path in TRANSLATED if path.stem.endswith("_hopper")]  # for sm_90a alone
 # Registers of a multiprocessor; a thread gets a multiple of 8.
 REGISTERS = 65536
 # Bytes of each block's shared memory that the system keeps from sm_90 on, and counts as the kernel's.
@@ -34,9 +36,10 @@ def operators() -> set[str]:
 @pytest.mark.skipif("TORCH_CUDA_ARCH_LIST" in os.environ, reason="built for other architectures than the default")
 def test_every_file_is_there_for_every_architecture() -> None:
     contents = cuda_resources.contents()
-    for piece in (("elf", "sm_80"), ("elf", "sm_90a"), ("ptx", "sm_80")):
-        assert contents.count(piece) == len(TRANSLATED), piece
-    assert len(contents) == 3 * len(TRANSLATED)
+    for piece in (("elf", "sm_80"), ("ptx", "sm_80")):
+        assert contents.count(piece) == len(TRANSLATED) - len(OF_HOPPER), piece
+    assert contents.count(("elf", "sm_90a")) == len(TRANSLATED)
+    assert len(contents) == 3 * len(TRANSLATED) - 2 * len(OF_HOPPER)
 
 
 @needs_cuda_library
@@ -71,6 +74,28 @@ def test_a_step_of_a_matrix_product_has_the_tensor_core_instructions_counted_by_
 
 
 @needs_cuda_library
+def test_a_step_of_a_matrix_product_on_hopper_has_the_instructions_counted_by_hand() -> None:
+    kernels = cuda_resources.instructions("gemm_hopper_kernel", "sm_90a")
+    assert len(kernels) == 16
+    for name, code in kernels.items():
+        # 64 of the depth are four times 16; an instruction is for a warpgroup's 64 rows and 256 columns, in one loop.
+        products = [i for i, line in enumerate(code) if "HGMMA.64x256x16.F32" in line]
+        assert len(products) == sum("HGMMA" in line for line in code) == 4, name
+        # Between them nothing else names the 128 registers of the sums.
+        sums = re.search(r"\bR(\d+)", code[products[0]])
+        assert sums is not None
+        first = int(sums[1])
+        between = [line for line in code[products[0] : products[-1]] if "HGMMA" not in line]
+        named = {int(number) for line in between for number in re.findall(r"\bR(\d+)", line)}
+        assert named.isdisjoint(range(first, first + 128)), name
+        # Each warpgroup's rows of a are a box; all columns of b too, or there is one for each panel of 64, or factor.
+        kind = re.search(r"<\w+, \(TileRows\)\d, \(TileRows\)(\d), (\w+)<\w+, (\w+)>", name)
+        assert kind is not None
+        boxes_of_b = 4 if kind[1] == "1" else 2 if (kind[2], kind[3]) == ("Activate", "true") else 1
+        assert sum("UTMALDG" in line for line in code) == 2 + boxes_of_b, name
+
+
+@needs_cuda_library
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_a_tile_of_attention_has_the_tensor_core_instructions_counted_by_hand(architecture: str) -> None:
     # (queries of a warp, keys of a tile) by width and whether all options are compiled in: attention.cu's table.
@@ -100,6 +125,45 @@ def test_two_blocks_of_attention_of_width_64_fit_on_a_multiprocessor_of_sm_80() 
         assert min(registers // of_warps, shared // of_block, threads // kernel.threads) >= 2, kernel
 
 
+@needs_cuda_library
+@pytest.mark.parametrize(
+    ("function", "products", "waits", "copies"),
+    [
+        # Scores and output of the first tile of keys, of the others, and of the last one's output, an instruction for
+        # 16 of the depth; queries, keys and values twice, and the output, a copy for each 64 columns.
+        ("attention_hopper_kernel<.*HopperTile<64>", {"64x128x16": 2 * 4, "64x64x16": 2 * 8}, 4, (4, 1, 0)),
+        ("attention_hopper_kernel<.*HopperTile<128>", {"64x128x16": 2 * 8 + 2 * 8}, 4, (8, 2, 0)),
+        ("attention_hopper_kernel<.*HopperTile<256>", {"64x64x16": 2 * 16, "64x256x16": 2 * 4}, 4, (16, 4, 0)),
+        # S, dP, dV and dK (twice, of width 64) and dQ.
+        ("attention_backward_hopper_kernel<.*Tile<64>", {"64x64x16": 2 * (4 + 4 + 4 + 4) + 8}, 6, (4, 2, 1)),
+        ("attention_backward_hopper_kernel<.*Tile<128>", {"64x64x16": 8 + 8 + 8, "64x128x16": 4 + 4}, 4, (8, 4, 1)),
+    ],
+)
+def test_attention_on_hopper_has_the_instructions_counted_by_hand(
+    function: str, products: dict[str, int], waits: int, copies: tuple[int, int, int]
+) -> None:
+    kernels = cuda_resources.instructions(function.split("<")[0], "sm_90a")
+    kernels = {name: code for name, code in kernels.items() if re.match(function, name)}
+    assert len(kernels) == 2  # a kernel for each type
+    for name, code in kernels.items():
+        found = Counter(match[1] for line in code if (match := re.search(r"HGMMA\.(\w+)", line)))
+        assert found == products, name
+        # More waits than the source has are the compiler's: products then run one after the other.
+        assert sum("WARPGROUP.DEPBAR" in line for line in code) == waits, name
+        assert tuple(sum(kind in line for line in code) for kind in ("UTMALDG", "UTMASTG", "UBLKRED")) == copies, name
+        assert sum("USETMAXREG" in line for line in code) == 2, name
+
+
+@needs_cuda_library
+def test_the_softmax_of_attention_on_hopper_overlaps_the_product_before_it() -> None:
+    """ptxas moves waits for products up, if nothing keeps it from that: see ptx::stay_behind."""
+    for name, code in cuda_resources.instructions("attention_hopper_kernel", "sm_90a").items():
+        found = re.findall(r"DEPBAR\.LE gsb0, 0x(\d)|(MUFU\.EX2)", "\n".join(code))
+        steps = "-".join("exp" if exponential else f"wait {groups}" for groups, exponential in found)
+        # Of the first tile of keys, of the others, and the last product, without a softmax.
+        assert re.fullmatch("wait 0(-exp)+-wait 1(-exp)+-wait 0-wait 0(-exp)*", steps), (name, steps)
+
+
 def test_every_operator_is_registered_once() -> None:
     names = [name for path in TRANSLATED for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
     assert len(names) == len(set(names))
@@ -109,7 +173,7 @@ def test_every_operator_is_registered_once() -> None:
 @pytest.mark.parametrize(
     ("pattern", "home"),
     [
-        (r"\basm\b", "ptx.cuh"),
+        (r"\basm\b", "ptx.cuh ptx_hopper.cuh"),
         (r"\b__shared__\b", "device.cuh"),
         (r"<<<", None),
         (r"\bcudaLaunchKernel\w*", "launch.h"),
@@ -118,4 +182,4 @@ def test_every_operator_is_registered_once() -> None:
     ],
 )
 def test_some_things_have_one_place_or_none(pattern: str, home: str | None) -> None:
-    assert {path.name for path in SOURCES if re.search(pattern, code_of(path))} == ({home} if home else set())
+    assert {path.name for path in SOURCES if re.search(pattern, code_of(path))} == set((home or "").split())

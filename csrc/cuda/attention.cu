@@ -5,6 +5,7 @@
 // go to attention_decode.cu. Legend of shapes: attention.cuh.
 
 #include "attention_decode.cuh"
+#include "attention_hopper.cuh"
 #include "attention_softmax.cuh"
 
 namespace fastformer::cuda {
@@ -124,11 +125,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks)
         if (!kept) x = 0.0f;
       });
     }
-    // Peaks seldom rise beyond the first few tiles.
-    bool rises = false;
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) rises = rises || decay.values[i][0] != 1.0f || decay.values[i][1] != 1.0f;
-    if (__any_sync(kAllLanes, rises)) for_each_with_row(output, decay, [](float& x, float by) { x *= by; });
+    scale_down(output, decay);
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // the values are there
@@ -212,6 +209,12 @@ std::tuple<Tensor, Tensor> attention_forward(
     torch::stable::zero_(output);
     torch::stable::fill_(lse, -INFINITY);
   }
+#if FASTFORMER_HAS_HOPPER
+  if (suits_hopper(call, kWidestForward, device)) {
+    attention_forward_hopper(call, output, lse, device);
+    return {without_padding(output, value_dim), lse};
+  }
+#endif
   const ForwardResults results{.output = mutable_pointer(output),
                                .output_strides = {output.stride(0), output.stride(1), output.stride(2)},
                                .lse = mutable_pointer<float>(lse)};

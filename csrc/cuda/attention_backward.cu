@@ -12,6 +12,7 @@
 // Here: delta, the gradients of sinks, and the wrapper. Each gradient is summed by one block in a fixed order, so that
 // the result is the same bits each time.
 #include "attention_backward.cuh"
+#include "attention_hopper.cuh"
 #include "rows.cuh"
 
 namespace fastformer::cuda {
@@ -151,7 +152,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
              call.inputs.sinks, pointer<float>(row_lse), pointer<float>(delta), mutable_pointer<float>(grad_sinks),
              batch, heads, seqlen_q);
     }
-    if (!nothing) {
+    const auto by_hopper = [&] {
+#if FASTFORMER_HAS_HOPPER
+      // Its sums have room for 64 queries or more of each sequence.
+      const bool short_sequences = seqlen_q * batch < 64 * int64_t{call.sequences};
+      if (nothing || short_sequences || !suits_hopper(call, kWidestBackward, device) || is_expanded(grad)) return false;
+      attention_backward_hopper(call, grad, row_lse, delta, grad_query, grad_key, grad_value, device);
+      return true;
+#else
+      return false;
+#endif
+    };
+    if (!nothing && !by_hopper()) {
       AttentionGradients gradients{
           .grad_output = pointer(grad),
           .lse = pointer<float>(row_lse),

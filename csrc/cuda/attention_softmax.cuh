@@ -32,6 +32,15 @@ FASTFORMER_DEVICE RowValues<kRowTiles> softmax_step(Accumulator<kRowTiles, kColu
   return decay;
 }
 
+// Multiplies rows by their decays. Peaks seldom rise beyond the first few tiles: then all are 1.
+template <int kRowTiles, int kColumnTiles>
+FASTFORMER_DEVICE void scale_down(Accumulator<kRowTiles, kColumnTiles>& sums, const RowValues<kRowTiles>& decay) {
+  bool rises = false;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) rises = rises || decay.values[i][0] != 1.0f || decay.values[i][1] != 1.0f;
+  if (__any_sync(kAllLanes, rises)) for_each_with_row(sums, decay, [](float& x, float by) { x *= by; });
+}
+
 // What cap_scores and add_biases leave scores to be multiplied by.
 FASTFORMER_DEVICE float score_factor(const Attention& a) {
   if (has_biases<Scores::any>(a)) return 1.0f;
