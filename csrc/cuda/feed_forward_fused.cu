@@ -1,139 +1,12 @@
-// The feed-forward layer's products on tensor cores. Bias, activation and gate are applied to the sums in float32,
-// which leave the registers as what the next product reads; the backward pass does the same with the activation's
-// slope.
+// The feed-forward layer's products on tensor cores, each with what follows it (feed_forward_epilogues.cuh).
 //
 // Shapes: N rows (all leading dimensions together), C columns, F hidden width, C2 output width. Gated, the gate and
 // `up` are two products over one reading of the rows, and their gradients one matrix [N, 2F], as `hidden` is.
-#include "feed_forward.cuh"
-#include "gemm_kernel.cuh"
+#include "feed_forward_epilogues.cuh"
+#include "gemm_hopper.h"
 
 namespace fastformer::cuda {
 namespace {
-
-// --- epilogues
-
-template <Activation kActivation>
-FASTFORMER_DEVICE void activate_each(Activated (&at)[kChunk], const float (&x)[kChunk]) {
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) at[i] = activate<kActivation>(x[i]);
-}
-
-// The activation is the same for all threads: to branch costs nothing beside the product, and saves a kernel for each.
-FASTFORMER_DEVICE void activate(Activated (&at)[kChunk], const float (&x)[kChunk], Activation activation) {
-  switch (activation) {
-    case Activation::gelu:
-      return activate_each<Activation::gelu>(at, x);
-    case Activation::gelu_tanh:
-      return activate_each<Activation::gelu_tanh>(at, x);
-    case Activation::relu:
-      return activate_each<Activation::relu>(at, x);
-    case Activation::silu:
-      return activate_each<Activation::silu>(at, x);
-  }
-}
-
-// The first product's sums -> activated, and `hidden` for the backward pass.
-template <typename T, bool kGated>
-struct Activate {
-  static constexpr int kSums = kGated ? 2 : 1;
-  static constexpr bool kSumsColumns = false, kSumsA = false;
-
-  const T* bias1;  // [F], or null
-  T* activated;    // [N, F]
-  T* hidden;       // [N, F], or [N, 2F] = gate beside up; or null
-  int64_t width;   // F
-  Activation activation;
-
-  FASTFORMER_DEVICE Chunk<T> load(int64_t, int64_t column) const { return load_bias(bias1, column); }
-  FASTFORMER_DEVICE void operator()(int64_t row, int64_t column, float (&values)[kSums][kChunk], const Chunk<T>& bias,
-                                    float (&)[kChunk]) const {
-    float (&up)[kChunk] = values[kSums - 1];
-    add(up, bias);
-    if (hidden != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        store_floats<true>(hidden + (row * kSums + i) * width + column, values[i]);
-      }
-    }
-    Activated at[kChunk];
-    activate(at, values[0], activation);
-    float result[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) result[i] = kGated ? at[i].value * up[i] : at[i].value;
-    store_floats<true>(activated + row * width + column, result);
-  }
-};
-
-// The gradient by the activated values -> by hidden, and the activated values once more. Its column sums are the
-// gradient by the first bias.
-template <typename T, bool kGated>
-struct Derive {
-  static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = true, kSumsA = false;
-
-  const T* hidden;  // [N, F], or [N, 2F] = gate beside up
-  T* grad_hidden;   // likewise
-  T* activated;     // [N, F], or null
-  int64_t width;    // F
-  Activation activation;
-
-  struct Loaded {
-    Chunk<T> argument, up;  // up: only if there is a gate
-  };
-
-  FASTFORMER_DEVICE int64_t place(int64_t row, int64_t column) const { return row * (kGated ? 2 : 1) * width + column; }
-  FASTFORMER_DEVICE Loaded load(int64_t row, int64_t column) const {
-    const T* from = hidden + place(row, column);
-    return {cuda::load<kChunk>(from), kGated ? cuda::load<kChunk>(from + width) : Chunk<T>{}};
-  }
-  FASTFORMER_DEVICE void operator()(int64_t row, int64_t column, float (&values)[kSums][kChunk], const Loaded& loaded,
-                                    float (&column_sums)[kChunk]) const {
-    float x[kChunk], by_gate[kChunk], by_up[kChunk], value[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = to_float(loaded.argument.values[i]);
-    Activated at[kChunk];
-    activate(at, x, activation);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const float incoming = values[0][i];
-      value[i] = at[i].value;
-      by_up[i] = incoming * at[i].slope;
-      if constexpr (kGated) {
-        const float up = to_float(loaded.up.values[i]);
-        by_gate[i] = by_up[i] * up;
-        by_up[i] = incoming * at[i].value;
-        value[i] *= up;
-      }
-      column_sums[i] += by_up[i];
-    }
-    T* to = grad_hidden + place(row, column);
-    if constexpr (kGated) store_floats<true>(to, by_gate);
-    store_floats<true>(to + (kGated ? width : 0), by_up);
-    if (activated != nullptr) store_floats<true>(activated + row * width + column, value);
-  }
-};
-
-// A product as it is, or with a bias.
-template <typename T, bool kSumsA_ = false>
-struct Store {
-  static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = false, kSumsA = kSumsA_;
-
-  const T* bias;  // for every row; or null
-  T* upper;       // contiguous, `width` columns
-  T* lower;       // the rows from upper_rows on
-  int64_t upper_rows, width;
-
-  FASTFORMER_DEVICE Chunk<T> load(int64_t, int64_t column) const { return load_bias(bias, column); }
-  FASTFORMER_DEVICE void operator()(int64_t row, int64_t column, float (&values)[kSums][kChunk], const Chunk<T>& added,
-                                    float (&)[kChunk]) const {
-    add(values[0], added);
-    T* to = row < upper_rows ? upper + row * width : lower + (row - upper_rows) * width;
-    store_floats<true>(to + column, values[0]);
-  }
-};
-
-// --- launchers
 
 // Two of one stride, one above the other.
 template <typename T>
@@ -166,7 +39,7 @@ std::tuple<Tensor, Tensor> feed_forward_forward_fused(const Tensor& input, const
     const auto first_product = [&]<bool kGated>(const auto& weights) {
       const Activate<T, kGated> epilogue{pointer<T>(b1), mutable_pointer<T>(activated),
                                          save_hidden ? mutable_pointer<T>(hidden) : nullptr, F, activation};
-      gemm<T, kOuter, kOuter>(matrix_of<T>(x), weights, N, F, C, epilogue, input, device);
+      product<T, kOuter, kOuter>(matrix_of<T>(x), weights, N, F, C, epilogue, input, device);
     };
     if (gated) {
       const Tensor gate = with_aligned_rows(*weight_gate);
@@ -175,7 +48,7 @@ std::tuple<Tensor, Tensor> feed_forward_forward_fused(const Tensor& input, const
       first_product.template operator()<false>(matrix_of<T>(w1));
     }
     const Store<T> epilogue{pointer<T>(b2), mutable_pointer<T>(output), nullptr, N, C2};
-    gemm<T, kOuter, kOuter>(matrix_of<T>(activated), matrix_of<T>(w2), N, C2, F, epilogue, input, device);
+    product<T, kOuter, kOuter>(matrix_of<T>(activated), matrix_of<T>(w2), N, C2, F, epilogue, input, device);
   });
   return {output, hidden};
 }
@@ -202,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
     const auto derive = [&]<bool kGated>() {
       const Derive<T, kGated> epilogue{pointer<T>(saved), mutable_pointer<T>(grad_hidden),
                                        mutable_pointer<T>(activated), F, activation};
-      return gemm<T, kOuter, kDepth>(matrix_of<T>(dy), matrix_of<T>(w2), N, F, C2, epilogue, input, device,
-                                     has_bias1 && needs_grad_weights);
+      return product<T, kOuter, kDepth>(matrix_of<T>(dy), matrix_of<T>(w2), N, F, C2, epilogue, input, device,
+                                        has_bias1 && needs_grad_weights);
     };
     const GemmSums sums = gated ? derive.template operator()<true>() : derive.template operator()<false>();
     if (sums.of_columns.has_value()) grad_bias1 = sum_of_rows(*sums.of_columns, dtype);
@@ -212,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
       grad_input = empty_like_sizes(input, sizes_with_last(input, C), dtype);
       const Store<T> epilogue{nullptr, mutable_pointer<T>(grad_input), nullptr, N, C};
       const auto multiply = [&](const auto& weights) {
-        gemm<T, kOuter, kDepth>(matrix_of<T>(grad_hidden), weights, N, C, H, epilogue, input, device);
+        product<T, kOuter, kDepth>(matrix_of<T>(grad_hidden), weights, N, C, H, epilogue, input, device);
       };
       const Tensor up = with_aligned_rows(weight1);
       if (gated) {
@@ -228,12 +101,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
       if (gated) grad_weight_gate = new_matrix(F, C);
       const Store<T> by_hidden{nullptr, mutable_pointer<T>(gated ? grad_weight_gate : grad_weight1),
                                mutable_pointer<T>(grad_weight1), F, C};
-      gemm<T, kDepth, kDepth>(matrix_of<T>(grad_hidden), matrix_of<T>(x), H, C, N, by_hidden, input, device);
+      product<T, kDepth, kDepth>(matrix_of<T>(grad_hidden), matrix_of<T>(x), H, C, N, by_hidden, input, device);
       grad_weight2 = new_matrix(C2, F);
       const Store<T, true> by_output{nullptr, mutable_pointer<T>(grad_weight2), nullptr, C2, F};
-      const GemmSums of_output = gemm<T, kDepth, kDepth>(matrix_of<T>(dy), matrix_of<T>(*activated), C2, F, N,
-                                                         by_output, input, device, false, has_bias2);
-      if (has_bias2) grad_bias2 = sum_of_rows(*of_output.of_a, dtype);
+      const GemmSums of_output = product<T, kDepth, kDepth>(matrix_of<T>(dy), matrix_of<T>(*activated), C2, F, N,
+                                                            by_output, input, device, false, has_bias2);
+      if (has_bias2) grad_bias2 = sum_of_rows(of_output.of_a.value_or(dy), dtype);
     }
   });
   return {grad_input, grad_weight1, grad_bias1, grad_weight_gate, grad_weight2, grad_bias2};

@@ -65,6 +65,7 @@ template <int kRows_, int kColumns_, int kWarpRows_, int kWarpColumns_, int kSta
 struct GemmTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_;
   static constexpr int kDepth = 32, kStages = kStages_, kLeastBlocks = kLeastBlocks_;
+  static constexpr int kGroupedTiles = 8;
   static constexpr int kWarpsAcross = kColumns / kWarpColumns, kWarpsDown = kRows / kWarpRows;
   static constexpr int kWarps = kWarpsAcross * kWarpsDown, kThreads = kWarp * kWarps;
   static constexpr int kStageElements = (kRows + kColumns) * kDepth;
@@ -97,12 +98,11 @@ struct TilePlace {
 
 // Where a block's tile begins: down kGroupedTiles tiles, then one to the right, and so on. Blocks that run at the same
 // time then have few rows and columns between them, which come from the L2 cache.
-constexpr int64_t kGroupedTiles = 8;
-
 template <typename Tile>
 FASTFORMER_DEVICE TilePlace place_of(int64_t block, int64_t rows, int64_t columns) {
   const int64_t tiles_down = (rows + Tile::kRows - 1) / Tile::kRows;
   const int64_t tiles_across = (columns + Tile::kColumns - 1) / Tile::kColumns;
+  constexpr int64_t kGroupedTiles = Tile::kGroupedTiles;
   const int64_t group = block / (kGroupedTiles * tiles_across), within = block % (kGroupedTiles * tiles_across);
   const int64_t left = tiles_down - group * kGroupedTiles, in_group = left < kGroupedTiles ? left : kGroupedTiles;
   return {(group * kGroupedTiles + within % in_group) * Tile::kRows, within / in_group * Tile::kColumns};

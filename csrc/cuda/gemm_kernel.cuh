@@ -9,8 +9,8 @@
 //                   float (&column_sums)[kChunk]) const;
 // Both are called once for every 8 neighbouring columns of c that exist, with neighbouring lanes on neighbouring
 // columns: the first loads what is needed besides (bias, hidden values), the second stores the results, both by 16-byte
-// accesses. What is added to column_sums is added up over the rows of the tile. The kernel that adds up the parts of a
-// split product calls them just as well.
+// accesses. What is added to column_sums is added up over the rows of the tile. The kernels for Hopper
+// (gemm_hopper.cuh) and for the sum of a split product's parts call them just as well.
 #pragma once
 
 #include <algorithm>
@@ -187,13 +187,29 @@ Matrix<T> matrix_of(const Tensor& matrix) {
 
 // --- launchers
 
+// How the depth of a product is shared out among blocks.
+struct DepthParts {
+  int64_t count, depth;  // of each, a multiple of the tile's
+  int64_t blocks;        // of all tiles and parts
+};
+
+// Parts of at least `least_depth`, as many as the multiprocessors have room for.
+template <typename Tile>
+DepthParts depth_parts(int64_t rows, int64_t columns, int64_t depth, int64_t least_depth, int64_t multiprocessors) {
+  const int64_t tiles = ceil_div(rows, Tile::kRows) * ceil_div(columns, Tile::kColumns);
+  const int64_t most = std::max<int64_t>(std::min(multiprocessors / tiles, depth / least_depth), 1);
+  const int64_t part_depth = ceil_div(ceil_div(depth, most), Tile::kDepth) * Tile::kDepth;
+  const int64_t count = ceil_div(depth, part_depth);
+  return {count, part_depth, tiles * count};
+}
+
 // How a product is shared out among blocks.
 struct GemmPlan {
-  bool large;                 // tiles
-  int64_t parts, part_depth;  // of the depth
+  bool large;  // tiles
+  DepthParts parts;
 
   // Rows of c that are added up in one row of column_sums.
-  int64_t summed_rows() const { return parts == 1 && large ? LargeTile::kRows : SmallTile::kRows; }
+  int64_t summed_rows() const { return parts.count == 1 && large ? LargeTile::kRows : SmallTile::kRows; }
 };
 static_assert(SmallTile::kRows == kSumRows);
 
@@ -201,18 +217,14 @@ static_assert(SmallTile::kRows == kSumRows);
 // the depth in parts of at least 1024, are enough for half of the multiprocessors. Else small ones, in parts of at
 // least 256, until every multiprocessor has one. A part costs its sums' way to memory and back, 8 bytes an element of
 // c: beside such depths that is little. The parts' sums are float [parts, c]: at most a tile for each multiprocessor.
+constexpr int64_t kLeastLargePart = 1024, kLeastSmallPart = 256;
+
 inline GemmPlan plan_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t multiprocessors) {
-  constexpr int64_t kLeastLargePart = 1024, kLeastSmallPart = 256, kStep = LargeTile::kDepth;
-  const auto plan = [&](bool large, int64_t tile_rows, int64_t tile_columns, int64_t least_part) {
-    const int64_t tiles = ceil_div(rows, tile_rows) * ceil_div(columns, tile_columns);
-    const int64_t most = std::max<int64_t>(std::min(multiprocessors / tiles, depth / least_part), 1);
-    const int64_t part_depth = ceil_div(ceil_div(depth, most), kStep) * kStep;
-    const int64_t parts = ceil_div(depth, part_depth);
-    return std::pair(GemmPlan{large, parts, part_depth}, tiles * parts);
-  };
-  const auto [large, blocks] = plan(true, LargeTile::kRows, LargeTile::kColumns, kLeastLargePart);
-  if (rows > SmallTile::kRows && columns > SmallTile::kColumns && 2 * blocks >= multiprocessors) return large;
-  return plan(false, SmallTile::kRows, SmallTile::kColumns, kLeastSmallPart).first;
+  const DepthParts large = depth_parts<LargeTile>(rows, columns, depth, kLeastLargePart, multiprocessors);
+  if (rows > SmallTile::kRows && columns > SmallTile::kColumns && 2 * large.blocks >= multiprocessors) {
+    return {true, large};
+  }
+  return {false, depth_parts<SmallTile>(rows, columns, depth, kLeastSmallPart, multiprocessors)};
 }
 
 // Two matrices b of the same size, both of which a is multiplied with.
@@ -237,39 +249,57 @@ struct GemmSums {
   std::optional<Tensor> of_a;        // [.., rows]: a over the depth
 };
 
-// c = a b, as far as `epilogue` stores it: rows and columns of c, by the depth; none is 0. The sums are those asked
-// for.
-template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
-GemmSums gemm(const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
-              const Tensor& like, const OnDevice& device, bool sums_columns = false, bool sums_a = false) {
+// Where the kernel that multiplies writes what is no epilogue's; null for what is not wanted.
+struct GemmResults {
+  float *parts, *column_sums, *row_sums;  // as gemm_kernel has them
+};
+
+// Calls multiply(results), and adds up the parts that it leaves if the depth is in several. The sums are those asked
+// for; summed_rows of c are a row of those of columns.
+template <typename Epilogue, typename Multiply>
+GemmSums multiply_in_parts(int64_t part_count, int64_t summed_rows, int64_t rows, int64_t columns,
+                           const Epilogue& epilogue, const Tensor& like, const OnDevice& device, bool sums_columns,
+                           bool sums_a, Multiply multiply) {
   constexpr int kSums = Epilogue::kSums;
-  const GemmPlan plan = plan_gemm(rows, kSums * columns, depth, device.multiprocessors());
   const auto new_sums = [&](const std::vector<int64_t>& sizes) {
     return empty_like_sizes(like, sizes, ScalarType::Float);
   };
   GemmSums sums;
-  if (sums_columns) sums.of_columns = new_sums({ceil_div(rows, plan.summed_rows()), columns});
-  if (sums_a) sums.of_a = new_sums({plan.parts, rows});
+  if (sums_columns) sums.of_columns = new_sums({ceil_div(rows, summed_rows), columns});
+  if (sums_a) sums.of_a = new_sums({part_count, rows});
   std::optional<Tensor> parts;
-  if (plan.parts > 1) parts = new_sums({plan.parts, kSums, rows, columns});
+  if (part_count > 1) parts = new_sums({part_count, kSums, rows, columns});
 
-  const auto launch_tiles = [&]<typename Tile>() {
-    const auto operand_b = for_tile<Tile>(b);
-    const int64_t columns_of_b = kRowsOfB == TileRows::outer ? operand_b.rows : operand_b.columns;
-    const int64_t tiles = ceil_div(rows, Tile::kRows) * ceil_div(columns_of_b, Tile::kColumns);
-    launch(gemm_kernel<Tile, T, kRowsOfA, kRowsOfB, A, std::remove_const_t<decltype(operand_b)>, Epilogue>,
-           dim3(tiles, plan.parts), dim3(Tile::kThreads), Tile::kSharedBytes, device.stream, a, operand_b,
-           GemmShape{rows, columns, depth, plan.part_depth}, mutable_pointer<float>(parts),
-           parts.has_value() ? nullptr : mutable_pointer<float>(sums.of_columns), mutable_pointer<float>(sums.of_a),
-           epilogue);
-  };
-  plan.large ? launch_tiles.template operator()<LargeTile>() : launch_tiles.template operator()<SmallTile>();
+  multiply(GemmResults{mutable_pointer<float>(parts),
+                       parts.has_value() ? nullptr : mutable_pointer<float>(sums.of_columns),
+                       mutable_pointer<float>(sums.of_a)});
   if (!parts.has_value()) return sums;
   constexpr int kSharedBytes = Epilogue::kSumsColumns ? kSumThreads / kWarp * kSumChunks * kChunk * sizeof(float) : 0;
   launch(sum_parts_kernel<Epilogue>, dim3(ceil_div(columns, kSumChunks * kChunk), ceil_div(rows, kSumRows)),
-         dim3(kSumThreads), kSharedBytes, device.stream, pointer<float>(*parts), static_cast<int>(plan.parts), rows,
+         dim3(kSumThreads), kSharedBytes, device.stream, pointer<float>(*parts), static_cast<int>(part_count), rows,
          columns, mutable_pointer<float>(sums.of_columns), epilogue);
   return sums;
+}
+
+// c = a b, as far as `epilogue` stores it: rows and columns of c, by the depth; none is 0.
+template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
+GemmSums gemm(const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
+              const Tensor& like, const OnDevice& device, bool sums_columns = false, bool sums_a = false) {
+  const GemmPlan plan = plan_gemm(rows, Epilogue::kSums * columns, depth, device.multiprocessors());
+  const auto multiply = [&](const GemmResults& results) {
+    const auto launch_tiles = [&]<typename Tile>() {
+      const auto operand_b = for_tile<Tile>(b);
+      const int64_t columns_of_b = kRowsOfB == TileRows::outer ? operand_b.rows : operand_b.columns;
+      const int64_t tiles = ceil_div(rows, Tile::kRows) * ceil_div(columns_of_b, Tile::kColumns);
+      launch(gemm_kernel<Tile, T, kRowsOfA, kRowsOfB, A, std::remove_const_t<decltype(operand_b)>, Epilogue>,
+             dim3(tiles, plan.parts.count), dim3(Tile::kThreads), Tile::kSharedBytes, device.stream, a, operand_b,
+             GemmShape{rows, columns, depth, plan.parts.depth}, results.parts, results.column_sums, results.row_sums,
+             epilogue);
+    };
+    plan.large ? launch_tiles.template operator()<LargeTile>() : launch_tiles.template operator()<SmallTile>();
+  };
+  return multiply_in_parts(plan.parts.count, plan.summed_rows(), rows, columns, epilogue, like, device, sums_columns,
+                           sums_a, multiply);
 }
 
 }  // namespace fastformer::cuda

@@ -1,0 +1,118 @@
+// Products c = a b on Hopper, by wgmma and TMA: which ones, and how they are shared out among blocks. The kernel is
+// gemm_hopper.cuh's.
+#pragma once
+
+#include <optional>
+
+#include "gemm_kernel.cuh"
+
+namespace fastformer::cuda {
+
+// The tile of c that a block is at, and the steps of the depth. Two warpgroups multiply 64 of the rows each; of a
+// third, one thread asks for what they read.
+//
+// Registers of a thread: 232 for those that multiply, of which 128 are for the sums, and 40 for the others, 63 K of 64
+// K. Shared memory: 4 stages of 48 KB, and of each warp 4 KB of sums for the epilogue and the totals of 64 columns, are
+// 226 KB of 227.
+struct HopperGemmTile {
+  static constexpr int kRows = 128, kColumns = 256, kDepth = 64, kStages = 4;
+  static constexpr int kGroups = 2, kGroupRows = kRows / kGroups, kWarps = 4 * kGroups;  // that multiply
+  static constexpr int kThreads = (kGroups + 1) * 128;
+  static constexpr int kRegisters = 232, kLoadingRegisters = 40;
+  static constexpr int kStageElements = (kRows + kColumns) * kDepth;
+  static constexpr int kStagedRows = 16, kStagedColumns = 64, kStagedFloats = kStagedRows * kStagedColumns;
+  static constexpr int kBarriers = 2 * kStages;
+  static constexpr int kSharedBytes =
+      kStages * kStageElements * 2 + kWarps * (kStagedFloats + kStagedColumns) * 4 + kBarriers * 8;
+  static constexpr int kGroupedTiles = 16;  // 132 blocks then have about as many rows as columns between them
+};
+static_assert(HopperGemmTile::kGroupRows == kSumRows);  // the rows of c in a row of column_sums, in parts or not
+
+// One matrix or two as each operand. The two of a lie side by side along the depth, as those of b do, or those of b are
+// two factors of the one a.
+template <typename T>
+struct HopperGemmOperands {
+  Matrix<T> a, second_a, b, second_b;
+  int64_t first_depth, second_depth;  // of the matrices; 0: the second ones are no more of the depth
+};
+
+struct HopperGemmShape {
+  int64_t rows, columns;   // of c, where columns are those of one of the kSums products
+  int64_t tiles;           // of c
+  int parts, part_steps;   // of the depth: a part's steps, but for the last
+  int steps, first_steps;  // of all the depth, of the first matrices
+};
+
+// Defined in gemm_hopper.cuh, for the types that a file for sm_90a names.
+template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Epilogue>
+void launch_gemm_hopper(const HopperGemmOperands<T>& operands, const HopperGemmShape& shape, const GemmResults& results,
+                        const Epilogue& epilogue, const OnDevice& device);
+
+template <typename T>
+HopperGemmOperands<T> hopper_operands(const Matrix<T>& a, const Matrix<T>& b, int64_t depth) {
+  return {a, a, b, b, depth, 0};
+}
+template <typename T>
+HopperGemmOperands<T> hopper_operands(const Matrix<T>& a, const Pair<T>& b, int64_t depth) {
+  return {a, a, b.first, b.second, depth, 0};
+}
+template <typename T>
+HopperGemmOperands<T> hopper_operands(const Matrix<T>& a, const Stacked<T>& b, int64_t depth) {
+  const int64_t upper = b.upper_rows, lower = depth - upper;
+  return {{a.data, a.rows, upper, a.stride},
+          {a.data + upper, a.rows, lower, a.stride},
+          {b.data, upper, b.columns, b.stride},
+          {b.data + upper * b.stride + b.jump, lower, b.columns, b.stride},
+          upper,
+          lower};
+}
+
+// How a product is shared out among blocks, or nothing where other tiles suit it better: as for large tiles on other
+// devices, the blocks, with the depth in parts of at least 1024, are for half of the multiprocessors, and neither rows
+// nor columns fill half a tile or less.
+inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t columns, int sums, int64_t first_depth,
+                                                       int64_t second_depth, int64_t multiprocessors) {
+  using Tile = HopperGemmTile;
+  const int64_t first_steps = ceil_div(first_depth, Tile::kDepth);
+  const int64_t steps = first_steps + ceil_div(second_depth, Tile::kDepth);
+  const int64_t all_columns = sums * columns;
+  const DepthParts parts = depth_parts<Tile>(rows, all_columns, steps * Tile::kDepth, kLeastLargePart, multiprocessors);
+  if (2 * rows <= Tile::kRows || 2 * all_columns <= Tile::kColumns || 2 * parts.blocks < multiprocessors) return {};
+  return HopperGemmShape{rows,
+                         columns,
+                         parts.blocks / parts.count,
+                         static_cast<int>(parts.count),
+                         static_cast<int>(parts.depth / Tile::kDepth),
+                         static_cast<int>(steps),
+                         static_cast<int>(first_steps)};
+}
+
+// Whether TMA takes it: its coordinates are int, and rows don't overlap.
+template <typename T>
+bool suits_tma(const Matrix<T>& matrix) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  return matrix.rows < kMost && matrix.columns < kMost && matrix.stride >= matrix.columns;
+}
+
+// gemm() by the kernel that suits device and sizes. The one for Hopper leaves the sums of a to the caller.
+template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
+GemmSums product(const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
+                 const Tensor& like, const OnDevice& device, bool sums_columns = false, bool sums_a = false) {
+  if constexpr (FASTFORMER_HAS_HOPPER) {
+    const HopperGemmOperands<T> operands = hopper_operands(a, b, depth);
+    const bool suits = device.is_hopper() && device.shared_memory_limit() >= HopperGemmTile::kSharedBytes &&
+                       suits_tma(operands.a) && suits_tma(operands.b) && suits_tma(operands.second_b);
+    const auto shape = plan_gemm_hopper(rows, columns, Epilogue::kSums, operands.first_depth, operands.second_depth,
+                                        device.multiprocessors());
+    if (suits && shape.has_value()) {
+      const auto multiply = [&](const GemmResults& results) {
+        launch_gemm_hopper<T, kRowsOfA, kRowsOfB>(operands, *shape, results, epilogue, device);
+      };
+      return multiply_in_parts(shape->parts, HopperGemmTile::kGroupRows, rows, columns, epilogue, like, device,
+                               sums_columns, false, multiply);
+    }
+  }
+  return gemm<T, kRowsOfA, kRowsOfB>(a, b, rows, columns, depth, epilogue, like, device, sums_columns, sums_a);
+}
+
+}  // namespace fastformer::cuda
