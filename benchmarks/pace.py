@@ -19,7 +19,8 @@ class Pace:
     """How much time to spend, and on what.
 
     Under ``suite_seconds`` there is a schedule, ``done`` being how much of the suite should have been run by now: a
-    machine that falls behind it takes fewer samples and compiles fewer peers.
+    machine that falls behind it takes fewer samples and compiles fewer peers. With ``cut``, what has not begun by then
+    is left out.
     """
 
     row_seconds: float = 0.5
@@ -31,6 +32,7 @@ class Pace:
     thorough: bool = False  # peers that are slow to make, too: torch.compile's max-autotune
     cuda_graphs: bool = False
     suite_seconds: float | None = None
+    cut: bool = False
     started: float = field(default_factory=time.monotonic)
     done: float = 0.0
 
@@ -44,6 +46,10 @@ class Pace:
         if self.suite_seconds is None:
             return -1.0
         return (time.monotonic() - self.started) / self.suite_seconds - self.done
+
+    def is_over(self) -> bool:
+        """Is what has not begun to be left out?"""
+        return self.cut and self.behind() + self.done >= 1
 
     def row_budget(self) -> float:
         """Seconds of calls that a row may take beyond ``min_rounds``."""

@@ -98,7 +98,8 @@ def _runner(options: argparse.Namespace) -> Runner:
         skip=(*skip, *([] if compiles else [COMPILE])),
         thorough=suite.thorough or AUTOTUNED in only,
         cuda_graphs=options.cuda_graphs,
-        suite_seconds=suite.seconds,
+        suite_seconds=options.seconds or suite.seconds,
+        cut=options.seconds is not None,
     )
     return Runner(
         device=torch.device(options.device),
@@ -123,6 +124,8 @@ def _require(options: argparse.Namespace) -> None:
             raise ValueError(f"--device: {options.device}, must be {device} with --suite {suite}")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads: {options.threads}, must be at least 1")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"--seconds: {options.seconds:g}, must be more than 0")
     lacking = sorted(TORCHS[options.device].intersection(options.op or ()))
     if lacking:
         raise ValueError(f"--op: {', '.join(lacking)}, which on {options.device} are torch's own")
@@ -159,6 +162,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         " torch.compile; full: everything there is, within 25 minutes on 2 cores; gpu: everything that matters on one",
     )
     add_list("--op", EVERYTHING, f"run these parts alone (those of the suite): {', '.join(EVERYTHING)}")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="the time for all of it: fewer samples and compiled peers; what has not begun by then is left out,"
+        " operations in the order of --op",
+    )
     known = (*IMPLEMENTATIONS, *VARIANTS)
     add_list(
         "--only", known, f"time these beside ours alone (all): {', '.join(known[1:])}; sdpa means all of its kernels"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 
@@ -59,6 +60,7 @@ SCALING_PACE = Pace(row_seconds=0.2, min_rounds=5)
 BAR = "{desc:<50.50} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left"
 
 
+T = TypeVar("T")
 Advance = Callable[[float], object]  # told the expected seconds of what has just been done
 
 
@@ -69,6 +71,7 @@ class Part:
     title: str
     seconds: float
     run: Callable[[Advance], object]
+    needed: bool = False  # by the others' numbers, even when the time is over
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Runner:
     device: torch.device
     backend: str
     suite: str  # of SUITES
-    names: Collection[str]  # of EVERYTHING
+    names: Sequence[str]  # of EVERYTHING
     dtypes: Sequence[torch.dtype]
     pace: Pace
 
@@ -98,6 +101,7 @@ class Runner:
         self.timer: Timer = timer_for(self.device)
         self.rng = random.Random(0)
         self.found = Found(machine.environment(self.device))
+        self.late: list[str] = []  # what there was no time for
 
     def run(self) -> Found:
         """All parts. An interruption keeps what there is; a part that raises gets a row that says so."""
@@ -115,12 +119,22 @@ class Runner:
                 expected = 0.0
                 for part in parts:
                     bar.set_description_str(part.title)
-                    self._run_part(part, advance)
+                    if self.pace.is_over() and not part.needed:
+                        self.late.append(part.title)
+                    else:
+                        self._run_part(part, advance)
                     expected += part.seconds
                     advance(expected - bar.n)  # what the part has not told of
         except KeyboardInterrupt:
             self.found.interrupted = True
+        if self.late:
+            more = f" and {len(self.late) - 1} more" if len(self.late) > 1 else ""
+            self._leave_out(f"{self.late[0]}{more}: no time left")
         return self.found
+
+    def _leave_out(self, what: str) -> None:
+        before = self.found.environment.get("left out")
+        self.found.environment["left out"] = f"{before}; {what}" if before else what
 
     def _run_part(self, part: Part, advance: Advance) -> None:
         try:
@@ -131,14 +145,14 @@ class Runner:
 
     def parts(self) -> Iterator[Part]:
         """Of the whole run, in order."""
-        yield Part("what the machine can do", LIMITS_SECONDS, self._limits)
+        yield Part("what the machine can do", LIMITS_SECONDS, self._limits, needed=True)
         if MODELS in self.names:  # before the schedule can be late: their compiled variants matter most
             yield Part("whole models", MODEL_SECONDS * bench_models.COUNT, self._models)
         for case in cases_of(self.names, self.suite, self.device, self.backend, self.dtypes):
             yield Part(str(case), self._expected(case), partial(self._case, case))
         lacking = bench_hugging_face.missing() if HUGGING_FACE in self.names else ""
         if lacking:
-            self.found.environment["left out"] = f"models of Hugging Face: {lacking}"
+            self._leave_out(f"models of Hugging Face: {lacking}")
         elif HUGGING_FACE in self.names:
             seconds = HUGGING_FACE_SECONDS * bench_hugging_face.COUNT
             yield Part("models of Hugging Face", seconds, self._hugging_face)
@@ -148,7 +162,7 @@ class Runner:
             yield Part("how times grow", seconds, partial(self._scaling, counts))
         if END_TO_END in self.names:
             yield Part("a GPT trained by torch and by fastformer", END_TO_END_SECONDS, self._end_to_end)
-        yield Part("what the machine can still do", 1.0, self._drift)
+        yield Part("what the machine can still do", 1.0, self._drift, needed=True)
 
     def _expected(self, case: Case) -> float:
         seconds = self.pace.row_seconds + CHECK_SECONDS
@@ -171,22 +185,33 @@ class Runner:
                 self.found.rows.append(row)
 
     def _models(self, advance: Advance) -> None:
-        for row in bench_models.rows(self.device, self.timer, self.found.limits, self.pace, self.rng):
+        rows = bench_models.rows(self.device, self.timer, self.found.limits, self.pace, self.rng)
+        for row in self._in_time("whole models", rows, bench_models.COUNT):
             self.found.rows.append(row)
             advance(MODEL_SECONDS)
 
     def _hugging_face(self, advance: Advance) -> None:
-        for row in bench_hugging_face.rows(self.device, self.timer, self.found.limits, self.pace, self.rng):
+        rows = bench_hugging_face.rows(self.device, self.timer, self.found.limits, self.pace, self.rng)
+        for row in self._in_time("models of Hugging Face", rows, bench_hugging_face.COUNT):
             self.found.rows.append(row)
             advance(HUGGING_FACE_SECONDS)
 
     def _scaling(self, counts: Sequence[int], advance: Advance) -> None:
         for threads in counts:
             arguments = (self.device, self.dtypes, threads, self.backend, self.timer, SCALING_PACE, self.rng)
+            count = scaling.count(self.device, self.dtypes)
             with fastformer.backend(self.backend):
-                for found in scaling.points(*arguments):
+                for found in self._in_time("how times grow", scaling.points(*arguments), count):
                     (self.found.points if isinstance(found, Point) else self.found.rows).append(found)
                     advance(SCALING_SECONDS)
+
+    def _in_time(self, title: str, found: Iterable[T], count: int) -> Iterator[T]:
+        """Of so many, those that begin before the time is over, and always the first."""
+        for index, one in enumerate(found, start=1):
+            yield one
+            if self.pace.is_over() and index < count:
+                self.late.append(f"{title} beyond {index} of {count}")
+                return
 
     def _end_to_end(self, advance: Advance) -> None:
         from .bench_gpt import STEPS, Comparison
@@ -199,11 +224,11 @@ class Runner:
 
 
 def cases_of(
-    names: Collection[str], suite: str, device: torch.device, backend: str, dtypes: Sequence[torch.dtype]
+    names: Sequence[str], suite: str, device: torch.device, backend: str, dtypes: Sequence[torch.dtype]
 ) -> Iterator[Case]:
-    """Those of the named operations, the dtypes of one shape side by side."""
-    for name in (*OPERATIONS, *MORE_OPERATIONS):
-        if name not in names or name in TORCHS[device.type]:
+    """Those of the named operations, in that order, the dtypes of one shape side by side."""
+    for name in dict.fromkeys(names):
+        if name not in (*OPERATIONS, *MORE_OPERATIONS) or name in TORCHS[device.type]:
             continue
         cases = import_module(f".bench_{name}", __package__).cases
         known = [dtype for dtype in dtypes if backend != "cuda" or dtype in _cuda_dtypes(name)]

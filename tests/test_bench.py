@@ -8,15 +8,28 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bench_support import LIMITS, PACE, Clock, case, double, rows_of, wrong_value
 from torch import Tensor
 
-from fastformer.benchmarks import bench_gpt, harness, limits, machine, report, run, scaling, suite, test_operations
+from fastformer.benchmarks import (
+    bench_gpt,
+    harness,
+    limits,
+    machine,
+    pace,
+    report,
+    run,
+    scaling,
+    suite,
+    test_operations,
+)
 from fastformer.benchmarks.checking import Check
 from fastformer.benchmarks.harness import BACKWARD, FORWARD, MODES, TRAINING, Pace, Timing, Work
 
@@ -462,6 +475,54 @@ def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pace.done == pytest.approx(1.0)
 
 
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """So many seconds, the sum, does the schedule's clock seem to be late."""
+    seconds: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(seconds))
+    monkeypatch.setattr(pace, "time", clock)
+    return seconds
+
+
+def test_seconds_cut_a_suite_between_its_cases(bench: object, no_pictures: None, late: list[float]) -> None:
+    """What has begun is finished, and copies are measured again; the results say what there was no time for."""
+
+    def ours(input: Tensor) -> Tensor:
+        late.append(100.0)
+        return 2 * input
+
+    cases = [case(shape="1"), case(ours, shape="2"), case(shape="3"), case(shape="4")]
+    status, results = bench(cases, "--seconds", "99", "--dtype", "float32")
+    assert status == 0 and not results["interrupted"] and results["limits"]["drift"] == -0.02
+    assert [row["shape"] for row in results["rows"]] == ["1", "1", "2", "2"]
+    assert results["environment"]["left out"] == "double 3 fp32 and 1 more: no time left"
+    late.clear()
+    status, results = bench(cases[:1] + cases[2:], "--seconds", "99")
+    assert len(results["rows"]) == 6 and "left out" not in results["environment"]
+
+
+def test_seconds_cut_whole_models_between_their_rows(
+    bench: object, no_pictures: None, late: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*arguments: object) -> object:
+        for number in range(suite.bench_models.COUNT):
+            late.append(60.0)
+            yield harness.Row("model", str(number), "fp32", FORWARD, "auto", problem="not run")
+
+    monkeypatch.setattr(suite.bench_models, "rows", rows)
+    _, results = bench([case()], "--op", "models", "--seconds", "100")
+    assert [row["shape"] for row in results["rows"]] == ["0", "1"]
+    said = results["environment"]["left out"]
+    assert said == f"whole models beyond 2 of {suite.bench_models.COUNT} and 1 more: no time left"
+
+
+def test_operations_come_in_the_order_in_which_they_are_named() -> None:
+    named = ("rotary", "models", "softmax", "rotary")
+    cases = list(suite.cases_of(named, "quick", CPU, "cpu", [torch.float32]))
+    assert list(dict.fromkeys(case.operation for case in cases)) == ["rotary", "softmax"]
+    assert len({str(case) for case in cases}) == len(cases)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -475,6 +536,7 @@ def test_schedule_follows_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--dtype", "int8"],
         ["--metrics", "speed"],
         ["--suite", "slow"],
+        ["--seconds", "few"],
         ["--no-compile"],
     ],
 )
@@ -489,6 +551,8 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture) -> N
     [
         (["--suite", "gpu"], "--device: cpu, must be cuda with --suite gpu"),
         (["--threads", "0"], "--threads: 0, must be at least 1"),
+        (["--seconds", "0"], "--seconds: 0, must be more than 0"),
+        (["--seconds", "nan"], "--seconds: nan, must be more than 0"),
         (["--cuda-graphs"], "--cuda-graphs: there are none on cpu"),
         (["--backend", "triton"], "--backend: triton is not available on cpu"),
         (["--compare", __file__], "test_bench.py has no results of this benchmark .JSONDecodeError"),
