@@ -56,6 +56,34 @@ def test_activations(target: Target, activation: str, gated: bool, bias: bool, w
     check_feed_forward(target, arguments(target, (2, 19), 13, width, 11, bias=bias, gated=gated), activation)
 
 
+@on_fused
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_small_values_of_activations_keep_their_digits(target: Target, activation: str) -> None:
+    """To the left, where an error rule that goes by a row's largest value would not notice."""
+    C = 16
+    x = torch.linspace(-5, 9, 40 * C).view(40, C).to(target.device, target.dtype)
+    one = torch.eye(C, device=target.device, dtype=target.dtype)
+    with fastformer.backend(target.backend):
+        values = F.feed_forward(x, one, None, one, None, activation=activation).double()
+    expected = reference.feed_forward(x.double(), one.double(), None, one.double(), None, activation=activation)
+    info = torch.finfo(target.dtype)
+    assert ((values - expected).abs() / expected.abs().clamp_min(info.smallest_normal)).max() <= 0.51 * info.eps
+
+
+@on_fused
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+def test_activations_of_extreme_values(target: Target, activation: str) -> None:
+    """Products with zeros make NaN of infinities: one value a row."""
+    most = torch.finfo(target.dtype).max
+    x = torch.tensor([[most], [-most], [0.0], [torch.nan]], device=target.device, dtype=target.dtype)
+    x = torch.cat([x, x.new_zeros(4, 7)], 1)
+    one = torch.eye(8, device=target.device, dtype=target.dtype)
+    with fastformer.backend(target.backend):
+        values = F.feed_forward(x, one, None, one, None, activation=activation)[:, 0]
+    assert values[:3].tolist() == [most, 0.0, 0.0]
+    assert values[3].isnan()
+
+
 @on_kernels
 @pytest.mark.parametrize("rows", [(), (1,), (127,), (129,), (2, 3, 43)], ids=str)
 @pytest.mark.parametrize("gated", [False, True])

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     if constexpr (kGated) up = load<kPack>(from + column_count);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
-      float value = activate<kActivation>(to_float(argument.values[i])).value;
+      float value = activate<kActivation, __is_same(T, float)>(to_float(argument.values[i])).value;
       if constexpr (kGated) value *= to_float(up.values[i]);
       result.values[i] = from_float<T>(value);
     }
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (kGated) up = load<kPack>(from + column_count);
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
-        const Activated at = activate<kActivation>(to_float(argument.values[i]));
+        const Activated at = activate<kActivation, __is_same(T, float)>(to_float(argument.values[i]));
         const float incoming = to_float(by_value.values[i]);
         float by_up = incoming * at.slope, value = at.value;
         if constexpr (kGated) {

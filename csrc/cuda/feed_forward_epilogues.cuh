@@ -12,7 +12,7 @@ namespace fastformer::cuda {
 template <Activation kActivation>
 FASTFORMER_DEVICE void activate_each(Activated (&at)[kChunk], const float (&x)[kChunk]) {
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) at[i] = activate<kActivation>(x[i]);
+  for (int i = 0; i < kChunk; ++i) at[i] = activate<kActivation, false>(x[i]);
 }
 
 // The activation is the same for all threads: to branch costs nothing beside the product, and saves a kernel for each.

@@ -83,6 +83,13 @@ FASTFORMER_DEVICE void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// rcp.approx.ftz: 1 / x within 1 ulp; of infinity 0.
+FASTFORMER_DEVICE float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ex2.approx.ftz: 2^x within 2 ulp; -inf gives 0, NaN stays NaN.
 FASTFORMER_DEVICE float ex2(float x) {
   float y;

@@ -124,11 +124,19 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   warp_operation(~0u, &mine, FASTFORMER_SIMT_CALLER, "in mma_m16n8k16", multiply);
 }
 
+namespace {
+constexpr float kSmallest = 0x1p-126f;  // .ftz: what is smaller is 0
+}
+
 float ex2(float x) {
-  constexpr float kSmallest = 0x1p-126f;
   if (std::fabs(x) < kSmallest) return 1.0f;
   const float y = std::exp2(x);
   return y < kSmallest ? 0.0f : y;
+}
+
+float rcp(float x) {
+  const float y = 1.0f / (std::fabs(x) < kSmallest ? std::copysign(0.0f, x) : x);
+  return std::fabs(y) < kSmallest ? std::copysign(0.0f, y) : y;
 }
 
 }  // namespace simt

@@ -14,6 +14,7 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void barrier_sync(int barrier, int threads);
 void barrier_arrive(int barrier, int threads);
 float ex2(float x);
+float rcp(float x);
 uint32_t shared_address(const void* pointer);
 
 }  // namespace simt
@@ -48,5 +49,6 @@ __forceinline__ void barrier_sync(int barrier, int threads) { simt::barrier_sync
 __forceinline__ void barrier_arrive(int barrier, int threads) { simt::barrier_arrive(barrier, threads); }
 
 __forceinline__ float ex2(float x) { return simt::ex2(x); }
+__forceinline__ float rcp(float x) { return simt::rcp(x); }
 
 }  // namespace fastformer::cuda::ptx
