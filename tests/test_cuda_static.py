@@ -93,6 +93,12 @@ def test_a_step_of_a_matrix_product_on_hopper_has_the_instructions_counted_by_ha
         assert kind is not None
         boxes_of_b = 4 if kind[1] == "1" else 2 if (kind[2], kind[3]) == ("Activate", "true") else 1
         assert sum("UTMALDG" in line for line in code) == 2 + boxes_of_b, name
+        # No waits but the source's, and nothing called for a division; results leave 16 bytes at a time, but for sums.
+        assert sum("WARPGROUP.DEPBAR" in line for line in code) == 2, name
+        assert sum("USETMAXREG" in line for line in code) == 2, name
+        assert not any("CALL" in line for line in code), name
+        narrow = [line for line in code if re.search(r"\bSTG?\.E", line) and "E.128" not in line]
+        assert len(narrow) == (kind[2] == "Derive"), name
 
 
 @needs_cuda_library
@@ -162,6 +168,21 @@ def test_the_softmax_of_attention_on_hopper_overlaps_the_product_before_it() -> 
         steps = "-".join("exp" if exponential else f"wait {groups}" for groups, exponential in found)
         # Of the first tile of keys, of the others, and the last product, without a softmax.
         assert re.fullmatch("wait 0(-exp)+-wait 1(-exp)+-wait 0-wait 0(-exp)*", steps), (name, steps)
+
+
+@needs_cuda_library
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(
+    "function", ["softmax_forward_held", "layer_norm_forward_held", "feed_forward_forward_kernel", "rotate"]
+)
+def test_eight_results_of_16_bits_leave_by_one_store(function: str, architecture: str) -> None:
+    """The compiler parts what was put together from halves: see ptx::store_words."""
+    kernels = cuda_resources.instructions(function, architecture)
+    kernels = {name: code for name, code in kernels.items() if re.search(r"<(Half|BFloat16),.*\b8\b", name)}
+    assert kernels
+    for name, code in kernels.items():
+        assert any(re.search(r"\bST\.E\.128", line) for line in code), name
+        assert not any(re.search(r"\bSTG?\.E\.U16", line) for line in code), name
 
 
 def test_every_operator_is_registered_once() -> None:

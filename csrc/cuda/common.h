@@ -8,6 +8,7 @@
 
 #include "../tensor.h"
 #include "launch.h"
+#include "ptx.cuh"
 
 // The block that follows registers this file's operators. The emulator's have a namespace of their own, beside the
 // CPU's.

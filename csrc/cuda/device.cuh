@@ -84,13 +84,42 @@ FASTFORMER_DEVICE Pack<T, kCount> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kCount>*>(from);
 #endif
 }
+namespace ptx {
+FASTFORMER_DEVICE void store_words(void* to, const uint32_t (&words)[4]);  // see ptx.cuh
+}
+
 template <int kCount, typename T>
 FASTFORMER_DEVICE void store(T* to, const Pack<T, kCount>& pack) {
 #ifdef FASTFORMER_SIMT
   simt::store(to, pack);
 #else
-  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+  if constexpr (sizeof(pack) == 16 && sizeof(T) == 2) {
+    struct Words {
+      uint32_t values[4];
+    };
+    ptx::store_words(to, __builtin_bit_cast(Words, pack).values);
+  } else {
+    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+  }
 #endif
+}
+
+// Floats rounded to a pack.
+template <typename T, int kCount>
+FASTFORMER_DEVICE Pack<T, kCount> round_to_pack(const float* values) {
+  Pack<T, kCount> pack;
+  if constexpr (sizeof(T) == 2 && kCount % 2 == 0) {  // by an instruction for two
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const auto two = __builtin_bit_cast(Pack<T, 2>, pack_pair<T>(values[i], values[i + 1]));
+      pack.values[i] = two.values[0];
+      pack.values[i + 1] = two.values[1];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) pack.values[i] = from_float<T>(values[i]);
+  }
+  return pack;
 }
 
 }  // namespace fastformer::cuda

@@ -98,14 +98,13 @@ struct TilePlace {
 
 // Where a block's tile begins: down kGroupedTiles tiles, then one to the right, and so on. Blocks that run at the same
 // time then have few rows and columns between them, which come from the L2 cache.
-template <typename Tile>
-FASTFORMER_DEVICE TilePlace place_of(int64_t block, int64_t rows, int64_t columns) {
-  const int64_t tiles_down = (rows + Tile::kRows - 1) / Tile::kRows;
-  const int64_t tiles_across = (columns + Tile::kColumns - 1) / Tile::kColumns;
-  constexpr int64_t kGroupedTiles = Tile::kGroupedTiles;
-  const int64_t group = block / (kGroupedTiles * tiles_across), within = block % (kGroupedTiles * tiles_across);
-  const int64_t left = tiles_down - group * kGroupedTiles, in_group = left < kGroupedTiles ? left : kGroupedTiles;
-  return {(group * kGroupedTiles + within % in_group) * Tile::kRows, within / in_group * Tile::kColumns};
+template <typename Tile, typename Index>
+FASTFORMER_DEVICE TilePlace place_of(Index block, Index rows, Index columns) {
+  constexpr Index kRows = Tile::kRows, kColumns = Tile::kColumns, kGrouped = Tile::kGroupedTiles;
+  const Index tiles_down = (rows + kRows - 1) / kRows, tiles_across = (columns + kColumns - 1) / kColumns;
+  const Index group = block / (kGrouped * tiles_across), within = block % (kGrouped * tiles_across);
+  const Index left = tiles_down - group * kGrouped, in_group = left < kGrouped ? left : kGrouped;
+  return {(group * kGrouped + within % in_group) * kRows, within / in_group * kColumns};
 }
 
 // --- the main loop

@@ -76,21 +76,22 @@ struct HopperGemmShared {
 
 // A tile of c and a part of the depth: what a block does at a time.
 struct HopperGemmWork {
-  TilePlace place;
+  int row, column;       // where the tile begins; the column of b
   int part, begin, end;  // begin, end: steps
 };
 
 template <int kSums>
-FASTFORMER_DEVICE HopperGemmWork work_of(const HopperGemmShape& shape, int64_t number) {
-  const int part = static_cast<int>(number / shape.tiles), begin = part * shape.part_steps;
+FASTFORMER_DEVICE HopperGemmWork work_of(const HopperGemmShape& shape, int number) {
+  const int part = number / shape.tiles, begin = part * shape.part_steps;
   const TilePlace place = place_of<HopperGemmTile>(number % shape.tiles, shape.rows, kSums * shape.columns);
-  return {place, part, begin, min(begin + shape.part_steps, shape.steps)};
+  return {static_cast<int>(place.row), static_cast<int>(place.column), part, begin,
+          min(begin + shape.part_steps, shape.steps)};
 }
 
 // Calls body(work) for all that this block does.
 template <int kSums, typename Body>
 FASTFORMER_DEVICE void for_work(const HopperGemmShape& shape, Body body) {
-  for (int64_t number = blockIdx.x; number < shape.tiles * shape.parts; number += gridDim.x) {
+  for (int number = blockIdx.x; number < shape.tiles * shape.parts; number += gridDim.x) {
     body(work_of<kSums>(shape, number));
   }
 }
@@ -104,7 +105,7 @@ FASTFORMER_DEVICE void load_operands(const HopperGemmMaps& maps, const HopperGem
   auto& ring = Shared::ring();
   typename Shared::Stages::Place place;
   for_work<kSums>(shape, [&](const HopperGemmWork& work) {
-    const int row = static_cast<int>(work.place.row), column = static_cast<int>(work.place.column / kSums);
+    const int row = work.row, column = work.column / kSums;
     for (int step = work.begin; step < work.end; ++step) {
       const bool second = step >= shape.first_steps;
       const int depth = (second ? step - shape.first_steps : step) * HopperGemmTile::kDepth;
@@ -155,9 +156,8 @@ FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place
 // where `loaded` is what load() returned kAhead calls earlier. The columns come in turns, which are staged together;
 // after each all lanes call end_turn(the first of its columns).
 template <int kSums, typename Sums, typename Load, typename Apply, typename EndTurn>
-FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& staged, int64_t first_row,
-                                    int64_t first_column, int64_t rows, int64_t columns, Load load_for, Apply apply,
-                                    EndTurn end_turn) {
+FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& staged, int first_row, int first_column,
+                                    int rows, int columns, Load load_for, Apply apply, EndTurn end_turn) {
   constexpr int kColumns = HopperGemmTile::kStagedColumns / kSums, kTiles = kColumns / 8;  // of a turn, of each product
   constexpr int kTurns = Sums::kColumnTiles / kSums / kTiles;
   constexpr int kChunks = kColumns / kChunk, kRowsAtOnce = kWarp / kChunks;
@@ -171,10 +171,14 @@ FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& st
   const auto exists = [&](int pass) {
     return pass < kTurns * kPasses && row_of(pass) < rows && column_of(pass) < columns;
   };
-  Loaded next[kAhead]{};
+  struct Words {  // whole registers: elements of 16 bits would be taken apart from pass to pass
+    uint32_t values[sizeof(Loaded) / 4];
+  };
+  const auto load_words = [&](int pass) { return __builtin_bit_cast(Words, load_for(row_of(pass), column_of(pass))); };
+  Words next[kAhead]{};
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
-    if (exists(i)) next[i] = load_for(row_of(i), column_of(i));
+    if (exists(i)) next[i] = load_words(i);
   }
 #pragma unroll 1
   for (int turn = 0; turn < kTurns; ++turn) {
@@ -197,8 +201,8 @@ FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& st
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int pass = first + i;
-        const auto loaded = next[i];
-        if (exists(pass + kAhead)) next[i] = load_for(row_of(pass + kAhead), column_of(pass + kAhead));
+        const auto loaded = __builtin_bit_cast(Loaded, next[i]);
+        if (exists(pass + kAhead)) next[i] = load_words(pass + kAhead);
         if (!exists(pass)) continue;
         float values[kSums][kChunk];
 #pragma unroll
@@ -220,7 +224,7 @@ FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& st
 
 // Adds up what the lanes of a group have for the columns of a turn, of which `left` exist, and begins anew.
 template <typename Shared>
-FASTFORMER_DEVICE void store_column_sums(float* to, int64_t left, float (&mine)[kChunk], int group) {
+FASTFORMER_DEVICE void store_column_sums(float* to, int left, float (&mine)[kChunk], int group) {
   constexpr int kColumns = HopperGemmTile::kStagedColumns, kChunks = kColumns / kChunk;
   const int lane = lane_of(), rank = threadIdx.x % kWarpgroup;
   sum_over_rows<kChunks>(mine);
@@ -266,12 +270,11 @@ __global__ void __launch_bounds__(HopperGemmTile::kThreads)
     multiply_steps<Shared, T, kRowsOfA, kRowsOfB>(sums, stage, group, work.end - work.begin);
     using Loaded = decltype(epilogue.load(0, 0));
     float mine[kChunk] = {};
-    const int64_t group_row = work.place.row + group * Tile::kGroupRows;
+    const int group_row = work.row + group * Tile::kGroupRows;
     deliver_rows<kSums>(
-        sums, staged, group_row + warp % 4 * HopperGemmTile::kStagedRows, work.place.column / kSums, shape.rows,
-        shape.columns,
-        [&](int64_t row, int64_t column) { return parts == nullptr ? epilogue.load(row, column) : Loaded{}; },
-        [&](int64_t row, int64_t column, float (&values)[kSums][kChunk], const Loaded& loaded) {
+        sums, staged, group_row + warp % 4 * HopperGemmTile::kStagedRows, work.column / kSums, shape.rows,
+        shape.columns, [&](int row, int column) { return parts == nullptr ? epilogue.load(row, column) : Loaded{}; },
+        [&](int row, int column, float (&values)[kSums][kChunk], const Loaded& loaded) {
           if (parts == nullptr) return epilogue(row, column, values, loaded, mine);
 #pragma unroll
           for (int i = 0; i < kSums; ++i) {
@@ -279,11 +282,11 @@ __global__ void __launch_bounds__(HopperGemmTile::kThreads)
             store_floats<true>(parts + to, values[i]);
           }
         },
-        [&](int64_t first_column) {
+        [&](int first_column) {
           if constexpr (Epilogue::kSumsColumns) {
             if (column_sums == nullptr) return;
-            const int64_t left = group_row < shape.rows ? shape.columns - first_column : 0;
-            float* to = column_sums + group_row / Tile::kGroupRows * shape.columns + first_column;
+            const int left = group_row < shape.rows ? shape.columns - first_column : 0;
+            float* to = column_sums + int64_t{group_row / Tile::kGroupRows} * shape.columns + first_column;
             store_column_sums<Shared>(to, left, mine, group);
           }
         });
@@ -312,7 +315,7 @@ void launch_gemm_hopper(const HopperGemmOperands<T>& operands, const HopperGemmS
   const HopperGemmMaps maps{map_of<kRowsOfA>(operands.a, Tile::kGroupRows),
                             map_of<kRowsOfA>(operands.second_a, Tile::kGroupRows),
                             map_of<kRowsOfB>(operands.b, kColumns), map_of<kRowsOfB>(operands.second_b, kColumns)};
-  const int64_t blocks = std::min<int64_t>(shape.tiles * shape.parts, device.multiprocessors());
+  const int64_t blocks = std::min<int64_t>(int64_t{shape.tiles} * shape.parts, device.multiprocessors());
   launch(gemm_hopper_kernel<T, kRowsOfA, kRowsOfB, Epilogue>, grid_of(blocks), dim3(Tile::kThreads), Tile::kSharedBytes,
          device.stream, maps, shape, results.parts, results.column_sums, epilogue);
 }

@@ -37,8 +37,8 @@ struct HopperGemmOperands {
 };
 
 struct HopperGemmShape {
-  int64_t rows, columns;   // of c, where columns are those of one of the kSums products
-  int64_t tiles;           // of c
+  int rows, columns;       // of c, where columns are those of one of the kSums products
+  int tiles;               // of c
   int parts, part_steps;   // of the depth: a part's steps, but for the last
   int steps, first_steps;  // of all the depth, of the first matrices
 };
@@ -78,9 +78,10 @@ inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t col
   const int64_t all_columns = sums * columns;
   const DepthParts parts = depth_parts<Tile>(rows, all_columns, steps * Tile::kDepth, kLeastLargePart, multiprocessors);
   if (2 * rows <= Tile::kRows || 2 * all_columns <= Tile::kColumns || 2 * parts.blocks < multiprocessors) return {};
-  return HopperGemmShape{rows,
-                         columns,
-                         parts.blocks / parts.count,
+  if (std::max(all_columns, parts.blocks) >= int64_t{1} << 30) return {};  // the kernel counts by int
+  return HopperGemmShape{static_cast<int>(rows),
+                         static_cast<int>(columns),
+                         static_cast<int>(parts.blocks / parts.count),
                          static_cast<int>(parts.count),
                          static_cast<int>(parts.depth / Tile::kDepth),
                          static_cast<int>(steps),

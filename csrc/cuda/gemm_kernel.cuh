@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks)
                 float* row_sums,     // [parts, rows]: of a over each part of the depth; or null
                 const Epilogue epilogue) {
   constexpr int kSums = Epilogue::kSums;
-  const TilePlace place = place_of<Tile>(blockIdx.x, shape.rows, kRowsOfB == TileRows::outer ? b.rows : b.columns);
+  const TilePlace place =
+      place_of<Tile, int64_t>(blockIdx.x, shape.rows, kRowsOfB == TileRows::outer ? b.rows : b.columns);
   const int64_t first_depth = blockIdx.y * shape.part_depth, left = shape.depth - first_depth;
   typename Tile::Sums sums;
   sums.fill(0.0f);

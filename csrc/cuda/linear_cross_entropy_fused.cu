@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks)
                                     const int64_t* target,    // [rows]
                                     LossStatistics* parts) {  // [rows, tiles across]
   constexpr int kRowTiles = Tile::Sums::kRowTiles, kColumnTiles = Tile::Sums::kColumnTiles;
-  const TilePlace place = place_of<Tile>(blockIdx.x, x.rows, weight.rows);
+  const TilePlace place = place_of<Tile, int64_t>(blockIdx.x, x.rows, weight.rows);
   typename Tile::Sums logits;
   logits.fill(0.0f);
   multiply_matrices<Tile, T, TileRows::outer, TileRows::outer>(logits, x, weight, place, 0, x.columns);

@@ -83,6 +83,13 @@ FASTFORMER_DEVICE void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// st.v4: 16 bytes to global or shared memory. The compiler would part what was put together from halves: it makes four
+// stores of it, each of a part of every sector.
+FASTFORMER_DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // rcp.approx.ftz: 1 / x within 1 ulp; of infinity 0.
 FASTFORMER_DEVICE float rcp(float x) {
   float y;

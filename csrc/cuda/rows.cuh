@@ -107,16 +107,14 @@ FASTFORMER_DEVICE void load_row(T (&values)[kCount], const T* row, int columns, 
 template <int kPack, typename T, typename V, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_row(T* row, const V (&values)[kCount], int columns, const Team<kLanes>& team) {
   for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
-    Pack<T, kPack> pack;
+    if constexpr (__is_same(T, V)) {
+      Pack<T, kPack> pack;
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) {
-      if constexpr (__is_same(T, V)) {
-        pack.values[i] = values[first + i];
-      } else {
-        pack.values[i] = from_float<T>(values[first + i]);
-      }
+      for (int i = 0; i < kPack; ++i) pack.values[i] = values[first + i];
+      store(row + column, pack);
+    } else {
+      store(row + column, round_to_pack<T, kPack>(&values[first]));
     }
-    store(row + column, pack);
   });
 }
 
@@ -136,10 +134,7 @@ FASTFORMER_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
   constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
 #pragma unroll
   for (int i = 0; i < kCount; i += kPack) {
-    Pack<T, kPack> pack;
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) pack.values[j] = from_float<T>(from[i + j]);
-    store(to + i, pack);
+    store(to + i, round_to_pack<T, kPack>(&from[i]));
   }
 }
 
