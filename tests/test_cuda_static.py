@@ -173,12 +173,19 @@ def test_the_softmax_of_attention_on_hopper_overlaps_the_product_before_it() -> 
 @needs_cuda_library
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
-    "function", ["softmax_forward_held", "layer_norm_forward_held", "feed_forward_forward_kernel", "rotate"]
+    ("function", "by_eight"),
+    [
+        ("softmax_forward_held", r"<(Half|BFloat16), 8,"),
+        ("layer_norm_forward_held", r"<(Half|BFloat16), \w+, 8,"),
+        ("layer_norm_backward_held", r"<(Half|BFloat16), \w+, 8,"),
+        ("feed_forward_forward_kernel", r"<(Half|BFloat16), .*, 8>$"),
+        ("rotate", r"<(Half|BFloat16), .*, 8>$"),
+    ],
 )
-def test_eight_results_of_16_bits_leave_by_one_store(function: str, architecture: str) -> None:
+def test_eight_results_of_16_bits_leave_by_one_store(function: str, by_eight: str, architecture: str) -> None:
     """The compiler parts what was put together from halves: see ptx::store_words."""
     kernels = cuda_resources.instructions(function, architecture)
-    kernels = {name: code for name, code in kernels.items() if re.search(r"<(Half|BFloat16),.*\b8\b", name)}
+    kernels = {name: code for name, code in kernels.items() if re.search(by_eight, name)}
     assert kernels
     for name, code in kernels.items():
         assert any(re.search(r"\bST\.E\.128", line) for line in code), name

@@ -74,8 +74,9 @@ template <int kPack, typename T, typename W, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&grad)[kCount], const T (&summed)[kCount],
                                         const Statistics& of, const Means& means, int64_t row, int64_t start,
                                         int columns, const Team<kLanes>& team) {
-  // Several packs of grad_summed at once: between the stores each would be waited for alone.
-  constexpr int kAtOnce = kCount % 16 == 0 ? 16 : kCount % 8 == 0 ? 8 : kCount;
+  // Several packs of grad_summed at once: between the stores each would be waited for alone. Large blocks have no
+  // registers for that.
+  constexpr int kAtOnce = kCount % 16 == 0 && kLanes < kLargeBlock ? 16 : kCount % 8 == 0 ? 8 : kCount;
 #pragma unroll
   for (int group = 0; group < kCount; group += kAtOnce) {
     const int shift = group * team.size(), left = columns - shift;
@@ -85,17 +86,16 @@ FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&gr
     }
     T* grad_input = args.grad_input + row * args.column_count + start + shift;
     for_packs<kPack, kAtOnce>(team, left, [&](int first, int column) {
-      float weight[kPack];
+      float weight[kPack], result[kPack];
       load_vector(weight, args.weight, start + shift + column, 1.0f);
-      Pack<T, kPack> pack;
 #pragma unroll
       for (int i = 0; i < kPack; ++i) {
         const float scaled = scaled_of(grad[group + first + i], weight[i]);
         const float normed = normed_of(summed[group + first + i], of);
         const float centred = scaled - means.scaled - normed * means.product;
-        pack.values[i] = from_float<T>(centred * of.rstd + to_float(added[first + i]));
+        result[i] = centred * of.rstd + to_float(added[first + i]);
       }
-      store(grad_input + column, pack);
+      store_floats<(kPack > 1)>(grad_input + column, result);
     });
   }
 }
