@@ -382,7 +382,7 @@ def test_parameters_that_are_references_are_refused(tmp_path: Path, parameter: s
     source = tmp_path / "launch.cpp"
     source.write_text(
         f'#include "simt.h"\n__global__ void kernel({parameter}) {{}}\n'
-        "void run(int x) { simt::launch(&kernel, 1, 1, 0, x); }\n"
+        "void run(int x) { simt::launch(&kernel, 1, 1, 1, 0, x); }\n"
     )
     command = [simt.compiler(), "-std=c++20", "-fsyntax-only", f"-I{KERNELS.parent}", str(source)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -14,14 +14,14 @@ inline dim3 grid_of(int64_t blocks) {
 }
 
 // Starts `kernel` on `stream`, with `shared_bytes` of dynamic shared memory, and raises if it can't be started. Nothing
-// waits for it.
+// waits for it. Of the grid, `cluster` neighbours along x (1 to 8, which it is a multiple of) are a cluster.
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            Arguments&&... arguments) {
+void launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                     cudaStream_t stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef FASTFORMER_SIMT
   static_cast<void>(stream);
-  simt::launch(kernel, grid, block, shared_bytes, static_cast<Parameters>(arguments)...);
+  simt::launch(kernel, cluster, grid, block, shared_bytes, static_cast<Parameters>(arguments)...);
 #else
   constexpr size_t kWithoutAsking = 48 * 1024;
   cudaError_t error = cudaSuccess;
@@ -35,16 +35,28 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
     }
   }
   if (error == cudaSuccess) {
+    cudaLaunchAttribute of_cluster{};
+    of_cluster.id = cudaLaunchAttributeClusterDimension;
+    of_cluster.val.clusterDim.x = cluster;
+    of_cluster.val.clusterDim.y = of_cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    config.attrs = &of_cluster;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), " (grid ", grid.x, " x ", grid.y, " x ",
-                  grid.z, ", block ", block.x, ", shared memory ", shared_bytes, ")");
+                  grid.z, ", block ", block.x, ", cluster ", cluster, ", shared memory ", shared_bytes, ")");
 #endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            Arguments&&... arguments) {
+  launch_clusters(kernel, 1, grid, block, shared_bytes, stream, static_cast<Arguments&&>(arguments)...);
 }
 
 }  // namespace fastformer::cuda

@@ -131,6 +131,27 @@ FASTFORMER_DEVICE void wait_for_count(const int* counter, int count) {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
+// --- clusters: blocks that run at the same time and see each other's shared memory (launch_clusters)
+
+// The block's number in its cluster.
+FASTFORMER_DEVICE int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// mapa: where another block of the cluster has what is at `shared` in this one. It must have begun, and not have ended:
+// cluster_sync sees to either.
+template <typename T>
+FASTFORMER_DEVICE T* of_block(T* shared, int rank) {
+  uint64_t address;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(address);
+}
+// barrier.cluster: __syncthreads for all blocks of the cluster.
+FASTFORMER_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // setmaxnreg, by all warps of a warpgroup: from here on a thread has that many registers, a multiple of 8. More waits
 // until others have given theirs up.
 template <int kRegisters>

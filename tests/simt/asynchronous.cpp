@@ -42,6 +42,7 @@ inline void check_fenced(const Thread& actor, const Unit& unit, bool write, uint
 }  // namespace
 
 int thread_of(int index) {
+  if (state.cluster > 1) return index % state.num_threads;
   const int actor = index - state.num_threads;
   if (actor < 0) return index;
   if (actor < kMaxWarps) return actor * kWarp;
@@ -81,8 +82,8 @@ void has_waited(Thread& thread, int actor, Time time) {
 }
 
 void access_shared(Thread& actor, uintptr_t address, bool write, Code code) {
-  const Time block = state.block_start;
-  Unit& unit = shared_units[(address - shared_begin) >> 4];
+  const Time block = state.cluster_start;
+  Unit& unit = shared_unit(address);
   if (unit.stamp == block) check_fenced(actor, unit, write, address, true, code);
   touch_unit({actor, write ? Doing::write : Doing::read, code, shared_readers}, unit, block, address, 0, 16);
   if (unit.in_flight != 0 || (write && unit.sources != 0)) report_copy(actor, write, code, address, 16);
@@ -118,7 +119,7 @@ void access_global(Thread& actor, const void* address, size_t bytes, Doing doing
 
 void set_in_flight(uintptr_t address, size_t bytes, bool under_way) {
   for (uintptr_t at = address; at < address + bytes; at += 16) {
-    shared_units[(at - shared_begin) >> 4].in_flight = under_way ? 0xffff : 0;
+    shared_unit(at).in_flight = under_way ? 0xffff : 0;
   }
 }
 
@@ -139,7 +140,7 @@ uint32_t shared_address(const void* pointer) {
 }
 
 void fence_proxy_async() {
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in fence_proxy_async");
   Thread& me = *current;
   Clock* clock = new_clock(me.clock);
   for (int i = 0; i < state.num_threads; ++i) clock->fenced[i] = std::max(clock->fenced[i], clock->of[i]);

@@ -3,7 +3,7 @@
 // one it is ordered after, has waited for it. Their accesses are recorded as of where they begin, so whatever comes in
 // between is unordered; the data move at the last moment that the waits allow.
 //
-// A block has actors from its first such operation on (state.actors).
+// A block has actors from its first such operation on (state.actors). One of a larger cluster can't have any yet.
 #pragma once
 
 #include <string>
@@ -23,12 +23,12 @@ inline int store_actor(int warp) { return state.num_threads + kMaxWarps + warp; 
 inline int load_actor(int mbarrier) { return state.num_threads + 2 * kMaxWarps + mbarrier; }  // copies that count there
 inline int write_actor() { return state.num_threads + 2 * kMaxWarps + kMaxMbarriers; }  // its writes of global memory
 static_assert(kActors == 2 * kMaxWarps + kMaxMbarriers + 2);
-// The thread an actor works for, or the thread itself.
+// The number in its block of the thread an actor works for, or of the thread itself.
 int thread_of(int index);
 
-void begin_actors();
-inline void need_actors() {
-  if (!state.actors) begin_actors();
+void begin_actors(Code code, const char* did);
+inline void need_actors(Code code, const char* did) {
+  if (!state.actors) begin_actors(code, did);
 }
 // `actor` as it is at an operation that `thread` begins now: ordered after all that the thread is. Until the next call.
 Thread& act_for(const Thread& thread, int actor);

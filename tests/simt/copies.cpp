@@ -17,7 +17,7 @@ void report_copy(const Thread& me, bool write, Code code, uintptr_t address, siz
     finding.text = "an mbarrier lies there";
     return report(std::move(finding));
   }
-  for (int i = 0; i < state.num_threads; ++i) {
+  for (int i = 0; i < state.all_threads; ++i) {
     for (const Copy& copy : state.threads[i].copies) {
       const auto to = reinterpret_cast<uintptr_t>(copy.to), from = reinterpret_cast<uintptr_t>(copy.from);
       if (to < address + bytes && address < to + copy.bytes) {

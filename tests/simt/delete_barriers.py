@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DELETED = ROOT / "build" / "simt_deleted"
 WAITS = ("cp_async_wait<[^>]+>", "barrier_sync", "mbarrier_wait", "tma_store_wait<[^>]+>", "bulk_wait_all")
 WAITS += ("wait_for_count", "wgmma_wait<[^>]+>", "wgmma_fence", "fence_proxy_async", "fence_mbarrier_init")
+WAITS += ("cluster_sync",)
 BARRIER = re.compile(
     r"(__syncthreads\(\)|__syncwarp\([^()]*\)|[\w.]+\.wait_(full|empty)\([^;{}]*\)"
     rf"|(ptx::)?({'|'.join(WAITS)})\([^;{{}}]*\));"
@@ -82,7 +83,7 @@ def first_failure(copy: Path, tests: tuple[str, ...]) -> str:
         raise RuntimeError(f"pytest did not run the tests:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     found = re.search(r"^FAILED (.*)$", result.stdout, re.MULTILINE)
     report = re.search(
-        r"^E? +(race|proxy|uninitialised|copy under way|deadlock|divergence|bad call|endless): .*$",
+        r"^E? +(race|proxy|uninitialised|copy under way|block not running|deadlock|divergence|bad call|endless): .*$",
         result.stdout,
         re.MULTILINE,
     )

@@ -9,6 +9,7 @@
 #include "asynchronous.h"
 #include "runtime.h"
 #include "schedule.h"
+#include "shadow.h"
 
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -30,6 +31,8 @@ constexpr size_t kStack = 256 * 1024;
 constexpr size_t kGuard = 4096;
 
 char* stacks = nullptr;
+int num_stacks = 0;    // with a guard
+unsigned first_x = 0;  // of the cluster's blocks
 void* host_stack_pointer = nullptr;
 std::recursive_mutex one_at_a_time;
 std::set<Code> launched_kernels;
@@ -39,19 +42,19 @@ class Ready {
  public:
   void clear() { count_ = first_ = 0; }
   bool empty() const { return count_ == 0; }
-  void push(int thread) { threads_[(first_ + count_++) % kMaxThreads] = thread; }
+  void push(int thread) { threads_[(first_ + count_++) % kMostThreads] = thread; }
   int pop() {
     if (random != nullptr) std::swap(at(0), at((*random)() % count_));
     const int thread = at(0);
-    first_ = (first_ + 1) % kMaxThreads;
+    first_ = (first_ + 1) % kMostThreads;
     --count_;
     return thread;
   }
   std::minstd_rand* random = nullptr;
 
  private:
-  int& at(unsigned i) { return threads_[(first_ + i) % kMaxThreads]; }
-  int threads_[kMaxThreads];
+  int& at(unsigned i) { return threads_[(first_ + i) % kMostThreads]; }
+  int threads_[kMostThreads];
   unsigned first_ = 0, count_ = 0;
 };
 Ready ready;
@@ -91,9 +94,9 @@ void* new_fiber(char* stack, void (*entry)()) {
   return top - 6;
 }
 #else
-ucontext_t contexts[kMaxThreads + 1];
+ucontext_t contexts[kMostThreads + 1];
 void switch_to(void** save, void* load) {
-  if (*save == nullptr) *save = &contexts[kMaxThreads];
+  if (*save == nullptr) *save = &contexts[kMostThreads];
   swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
 }
 void* new_fiber(char* stack, void (*entry)()) {
@@ -109,18 +112,16 @@ void* new_fiber(char* stack, void (*entry)()) {
 
 char* stack_of(int thread) { return stacks + (kStack + kGuard) * thread + kGuard; }
 
-void make_stacks() {
-  if (stacks != nullptr) return;
-  void* memory = mmap(nullptr, (kStack + kGuard) * kMaxThreads, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("simt: no memory for the stacks");
-  stacks = static_cast<char*>(memory);
-  for (int i = 0; i < kMaxThreads; ++i) mprotect(stacks + (kStack + kGuard) * i, kGuard, PROT_NONE);
+void make_stacks(int count) {
+  if (stacks == nullptr) stacks = reserve((kStack + kGuard) * kMostThreads);
+  for (; num_stacks < count; ++num_stacks) mprotect(stacks + (kStack + kGuard) * num_stacks, kGuard, PROT_NONE);
 }
 
 void run(Thread& thread) {
   current = &thread;
   threadIdx = thread.at;
+  blockIdx.x = first_x + thread.rank;
+  enter_shared(thread.rank);
   free_memory[0] = {reinterpret_cast<uintptr_t>(stack_of(thread.index)), kStack};
   ++state.switches;
   state.most_accesses = state.accesses + patience.accesses;
@@ -152,19 +153,21 @@ void enter() {
   run_next(&current->stack_pointer);
 }
 
-void run_block() {
+void run_cluster() {
   const dim3 block = state.launch.block;
   ready.clear();
   const Time start = advance();
   state.starts.push_back(start);
-  state.block_start = start;
+  state.cluster_start = start;
   state.actors = false;
   Clock* clock = new_clock(nullptr);
-  for (int i = 0; i < state.num_threads; ++i) clock->of[i] = start - 1;  // others are ordered with nothing yet
-  for (int i = 0; i < state.num_threads; ++i) {
+  std::fill_n(clock->of, state.all_threads, start - 1);  // others are ordered with nothing yet
+  for (int i = 0; i < state.all_threads; ++i) {
     Thread& thread = state.threads[i];
     thread.index = i;
-    thread.at = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    thread.rank = rank_of(i);
+    const unsigned number = i - thread.rank * state.num_threads;
+    thread.at = {number % block.x, number / block.x % block.y, number / (block.x * block.y)};
     thread.time = start;
     set_clock(thread, clock);
     thread.wait = Wait::nothing;
@@ -173,9 +176,10 @@ void run_block() {
     thread.stack_pointer = new_fiber(stack_of(i), enter);
     ready.push(i);
   }
-  begin_block_memory();
-  begin_block_synchronisation();
-  state.most_switches = state.switches + patience.synchronisations * state.num_threads;
+  begin_cluster_memory();
+  begin_cluster_synchronisation();
+  begin_cluster();
+  state.most_switches = state.switches + patience.synchronisations * state.all_threads;
   Thread& first = state.threads[ready.pop()];
   run(first);
   in_kernel = true;
@@ -190,6 +194,10 @@ void check_launch(const Launch& launch) {
   if (threads == 0 || threads > kMaxThreads || block.z > 64) refuse("a block of 0 or more than 1024 threads");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("a grid beyond (2^31 - 1, 65535, 65535)");
   if (launch.shared_bytes > device.shared_bytes) refuse("more shared memory than a block can have");
+  if (launch.cluster == 0 || launch.cluster > kMaxCluster) refuse("a cluster of 0 or more than 8 blocks");
+  if (launch.cluster > 1 && device.compute_capability < 90) refuse("a cluster on a device that has none");
+  if (launch.cluster > 1 && threads % kWarp != 0) refuse("a cluster, and blocks that are not of whole warps");
+  if (grid.x % launch.cluster != 0) refuse("a grid that is not of whole clusters");
   if (kernels().count(code_of(launch.kernel)) == 0) refuse("a function that is not __global__");
 }
 
@@ -215,8 +223,11 @@ void yield(Thread& thread, Code code, const char* name) {
 
 std::string name_of_stack(uintptr_t address) {
   const uintptr_t offset = address - reinterpret_cast<uintptr_t>(stacks);
-  if (offset >= (kStack + kGuard) * kMaxThreads) return "";
-  return "local memory of thread " + std::to_string(offset / (kStack + kGuard));
+  if (offset >= (kStack + kGuard) * kMostThreads) return "";
+  const auto index = static_cast<int>(offset / (kStack + kGuard));
+  if (state.cluster == 1) return "local memory of thread " + std::to_string(index);
+  return "local memory of thread " + std::to_string(index % state.num_threads) + " of block " +
+         std::to_string(rank_of(index)) + " of its cluster";
 }
 
 void stop(Report finding) {
@@ -264,14 +275,16 @@ Call::~Call() {
 void launch(const Launch& what, void (*body)(void*), void* context) {
   const std::lock_guard lock(one_at_a_time);
   check_launch(what);
-  make_stacks();
   free_memory[1] = {reinterpret_cast<uintptr_t>(what.arguments), what.arguments_bytes};
   reports.clear();
   state.launch = what;
   state.body = body;
   state.context = context;
   state.num_threads = static_cast<int>(what.block.x * what.block.y * what.block.z);
-  state.threads.resize(kMaxThreads);
+  state.cluster = static_cast<int>(what.cluster);
+  state.all_threads = state.cluster * state.num_threads;
+  state.threads.resize(kMostThreads);
+  make_stacks(std::max(state.all_threads, kMaxThreads));
   state.starts.clear();
   state.aborted = false;
   blockDim = {what.block.x, what.block.y, what.block.z};
@@ -284,10 +297,11 @@ void launch(const Launch& what, void (*body)(void*), void* context) {
   const Watchdog watchdog;
   for (unsigned z = 0; z < what.grid.z; ++z) {
     for (unsigned y = 0; y < what.grid.y; ++y) {
-      for (unsigned x = 0; x < what.grid.x && !state.aborted; ++x) {
+      for (unsigned x = 0; x < what.grid.x && !state.aborted; x += what.cluster) {
+        first_x = x;
         blockIdx = {x, y, z};
         state.block = (int64_t{z} * what.grid.y + y) * what.grid.x + x;
-        run_block();
+        run_cluster();
       }
     }
   }

@@ -60,7 +60,7 @@ void report_unordered(const Thread& me, Code code, const Mbarrier& mbarrier) {
 
 // The number of one that is used.
 int used(Thread& me, const void* pointer, Code code, const char* did) {
-  need_actors();
+  need_actors(code, did);
   const int number = number_of(pointer);
   if (number < 0) {
     bad_call(me, code, did, "there is no mbarrier at " + name_of_address(reinterpret_cast<uintptr_t>(pointer)));
@@ -221,7 +221,7 @@ void mbarrier_init(void* pointer, int arrivals) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
   const char* did = "in mbarrier_init";
-  need_actors();
+  need_actors(code, did);
   if (!in_shared(pointer)) bad_call(me, code, did, "an mbarrier lies in shared memory");
   if (arrivals < 1 || arrivals > kMostCount) bad_call(me, code, did, "an mbarrier counts 1 to 2^20 - 1 arrivals");
   if (number_of(pointer) >= 0) bad_call(me, code, did, "it is one already: " + place(mbarriers[number_of(pointer)]));
@@ -238,7 +238,7 @@ void mbarrier_init(void* pointer, int arrivals) {
 }
 
 void fence_mbarrier_init() {
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in fence_mbarrier_init");
   for (int i = 0; i < count; ++i) {
     if (mbarriers[i].maker == current->index && mbarriers[i].fenced.time == 0) mbarriers[i].fenced = {current->time, 0};
   }

@@ -12,10 +12,6 @@
 
 namespace simt {
 
-uintptr_t shared_begin = 0;
-Unit* shared_units = nullptr;
-Readers shared_readers;
-
 namespace {
 
 struct Region {
@@ -27,24 +23,16 @@ struct Range {
   uintptr_t begin, end;
 };
 
-constexpr size_t kAround = 1 << 20;  // addresses beside the shared memory that are taken for mistakes about it
 constexpr size_t kArena = size_t{1} << 36;
 
 std::vector<Region> writable, readable;
 std::vector<Range> unwritten_ranges;
 Time call = 1;
 
-char* shared_area = nullptr;  // kAround, shared memory, kAround
 char* arena = nullptr;
 size_t arena_used = 0;
 
 Readers global_readers;
-
-char* reserve(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("simt: no address space for the shadow memory");
-  return static_cast<char*>(memory);
-}
 
 Unit* new_units(const Range& range) {
   if (arena == nullptr) arena = reserve(kArena);
@@ -58,7 +46,7 @@ Unit* new_units(const Range& range) {
 Side before(int thread, Mark mark, const char* did) {
   const auto after = std::upper_bound(state.starts.begin(), state.starts.end(), mark.time);
   Side side;
-  side.block = after - state.starts.begin() - 1;
+  side.block = (after - state.starts.begin() - 1) * state.cluster + rank_of(thread);
   side.thread = thread_of(thread);
   side.code = mark.code & ~kAtomic;
   side.did = (mark.code & kAtomic) != 0 ? past(Doing::atomic) : did;
@@ -87,8 +75,8 @@ bool reads_all_ones(uintptr_t address, int bytes) {
 template <bool kShared>
 inline void touch_all(const Touch& how, Unit* units, uintptr_t origin, uintptr_t address, size_t bytes,
                       bool check_written) {
-  const Time stamp = kShared ? state.block_start : state.launch_start;
-  const Time life = kShared ? state.block_start : call;
+  const Time stamp = kShared ? state.cluster_start : state.launch_start;
+  const Time life = kShared ? state.cluster_start : call;
   const bool write = how.doing != Doing::read;
   size_t index = (address >> 4) - (origin >> 4);
   for (uintptr_t at = address; at < address + bytes; ++index) {
@@ -120,11 +108,17 @@ inline bool inside(const Region* region, uintptr_t address, size_t bytes) {
   return region != nullptr && address >= region->begin && address + bytes <= region->end;
 }
 
+// Of another block.
+[[gnu::noinline]] void access_other_shared(const Touch& how, uintptr_t address, size_t bytes) {
+  check_other_shared(how.me, how.doing != Doing::read, how.code, address, bytes);
+  touch_all<true>(how, area_units, shared_area, address, bytes, true);
+}
+
 template <Doing kDoing>
 inline void access(Thread& me, uintptr_t address, size_t bytes, Code code) {
   constexpr bool kWrite = kDoing != Doing::read;
   if (++state.accesses > state.most_accesses) stop_endless(code, "it loops and waits for no other thread");
-  if (address - (shared_begin - kAround) < kMostShared + 2 * kAround) {
+  if (address - (shared_begin - kAround) < kSharedPart) {
     if (address < shared_begin || address + bytes > shared_begin + state.launch.shared_bytes) {
       stop(finding_at(Kind::out_of_bounds, me, kWrite, code, address, bytes));
     }
@@ -135,6 +129,9 @@ inline void access(Thread& me, uintptr_t address, size_t bytes, Code code) {
     if (!kWrite && inside(last_readable, address, bytes)) return;
     const Region* region = find(writable, address, bytes);
     if (region == nullptr) {
+      if (address - shared_area < kSharedArea) {
+        return access_other_shared({me, kDoing, code, shared_readers}, address, bytes);
+      }
       const Region* read_only = find(readable, address, bytes);
       const bool of_host = address >= reinterpret_cast<uintptr_t>(&__ehdr_start) &&
                            address + bytes <= reinterpret_cast<uintptr_t>(&_end);
@@ -178,24 +175,15 @@ void report_race(const Thread& me, Doing doing, Code code, uintptr_t address, in
 }
 
 void begin_launch_memory() {
-  if (shared_area == nullptr) {
-    shared_area = reserve(kMostShared + 2 * kAround);
-    shared_begin = reinterpret_cast<uintptr_t>(shared_area) + kAround;
-    shared_units = reinterpret_cast<Unit*>(reserve(kMostShared / 16 * sizeof(Unit)));
-  }
+  begin_launch_shared();
   // Time starts again before it runs out; nothing of before may be left then.
   if (state.counter > std::numeric_limits<Time>::max() / 2) {
     state.counter = 0;
-    madvise(shared_units, kMostShared / 16 * sizeof(Unit), MADV_DONTNEED);
+    forget_shared();
     if (arena != nullptr) madvise(arena, kArena, MADV_DONTNEED);
   }
   global_readers.clear();
   last_writable = last_readable = nullptr;
-}
-
-void begin_block_memory() {
-  std::memset(reinterpret_cast<void*>(shared_begin), 0xff, state.launch.shared_bytes);
-  shared_readers.clear();
 }
 
 void forget_memory() {
@@ -208,8 +196,6 @@ void forget_memory() {
   arena_used = 0;
   ++call;
 }
-
-void* shared_memory() { return reinterpret_cast<void*>(shared_begin); }
 
 void allow(const void* begin, int64_t bytes, Access access) {
   if (begin == nullptr || bytes <= 0) return;
@@ -246,8 +232,11 @@ std::string name_of_address(uintptr_t address) {
   const auto offset = [](uintptr_t at, uintptr_t from) {
     return at >= from ? " + " + std::to_string(at - from) : " - " + std::to_string(from - at);
   };
-  if (address - (shared_begin - kAround) < kMostShared + 2 * kAround) {
-    return "shared" + offset(address, shared_begin) + " (of " + std::to_string(state.launch.shared_bytes) + " bytes)";
+  if (address - shared_area < kSharedArea) {
+    const int rank = std::min(rank_of_shared(address), state.cluster - 1);
+    const std::string name =
+        "shared" + offset(address, shared_of(rank)) + " (of " + std::to_string(state.launch.shared_bytes) + " bytes)";
+    return state.cluster == 1 ? name : name + " of block " + std::to_string(rank) + " of its cluster";
   }
   if (std::string stack = name_of_stack(address); !stack.empty()) return stack;
   // Of the arguments that lie before the address, or else of all, the nearest.
@@ -304,20 +293,16 @@ void access_range(Thread& thread, const void* pointer, size_t bytes, Doing doing
   }
 }
 
-bool in_shared(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) - (shared_begin - kAround) < kMostShared + 2 * kAround;
-}
-
 Unit* unit_of(const void* address, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(address);
-  if (in_shared(address)) return shared_units + ((begin >> 4) - (shared_begin >> 4));
+  if (in_any_shared(address)) return &shared_unit(begin);
   const Region* region = find(writable, begin, bytes);
   return region == nullptr ? nullptr : region->units + ((begin >> 4) - (region->begin >> 4));
 }
 
 void check_sees_shared(Thread& thread, const void* pointer, Code code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const Unit& unit = shared_units[(address - shared_begin) >> 4];
+  const Unit& unit = shared_unit(address);
   for (int i = 0; i < 16 >> unit.shift; ++i) {
     const Cell& cell = unit.cells[i];
     if (ordered(thread, cell.writer, cell.write)) continue;

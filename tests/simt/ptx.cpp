@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "runtime.h"
+#include "shadow.h"
 #include "simt_ptx.h"
 
 namespace simt {
@@ -88,8 +88,9 @@ void load_matrices(Thread* const* lanes, unsigned arrived) {
 }  // namespace
 
 void cp_async(void* shared, const void* global, int bytes, bool valid) {
-  if (!in_shared(shared) || (valid && in_shared(global))) {
-    bad_call(*current, FASTFORMER_SIMT_CALLER, "in cp_async", "it copies from global to shared memory");
+  if (!in_shared(shared) || (valid && in_any_shared(global))) {
+    bad_call(*current, FASTFORMER_SIMT_CALLER, "in cp_async",
+             "it copies from global memory to the shared memory of its block");
   }
   const Copy copy{static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid, FASTFORMER_SIMT_CALLER};
   begin_copy(*current, copy);

@@ -36,6 +36,8 @@ const char* name_of(Kind kind) {
       return "uninitialised";
     case Kind::copy_under_way:
       return "copy under way";
+    case Kind::not_running:
+      return "block not running";
     case Kind::deadlock:
       return "deadlock";
     case Kind::divergence:
@@ -130,7 +132,7 @@ std::string who(const Side& side) {
 }  // namespace
 
 Side side(const Thread& thread, Code code, const char* did) {
-  return {state.block, thread_of(thread.index), code, did};
+  return {state.block + rank_of(thread.index), thread_of(thread.index), code, did};
 }
 
 void report(Report finding) {
@@ -192,7 +194,8 @@ std::vector<Finding> explain(const std::vector<Report>& reports) {
       if (report.bytes > 0) text += " it";
       text += joined_lines(other_lines, report.before.code);
       if (report.kind == Kind::race) {
-        text += report.now.block == report.before.block ? ", and nothing orders the two" : ", and blocks have no order";
+        const bool together = report.now.block / state.cluster == report.before.block / state.cluster;
+        text += together ? ", and nothing orders the two" : ", and blocks have no order";
       }
       if (report.kind == Kind::copy_under_way) text += ", and has not waited for it";
     }

@@ -1,10 +1,11 @@
 // How the emulator works, and what its files share.
 //
-// A launch runs its blocks one after the other, every thread of a block as a fiber, which runs until it waits. The
-// kernels' files are compiled with -fsanitize=thread but linked without its library: the hooks it calls at each access
-// (memory.cpp) are ours. They find races by happens-before (FastTrack, Flanagan and Freund, PLDI 2009), so a race is
-// found on whatever schedule runs, as long as both accesses do. Likewise -fsanitize=alignment,bounds-strict calls
-// undefined.cpp's where a pointer or an index is wrong by its type. Kernels that never end are stopped (watchdog.cpp).
+// A launch runs its clusters one after the other; most launches have clusters of one block. Every thread of a cluster
+// is a fiber, which runs until it waits. The kernels' files are compiled with -fsanitize=thread but linked without its
+// library: the hooks it calls at each access (memory.cpp) are ours. They find races by happens-before (FastTrack,
+// Flanagan and Freund, PLDI 2009), so a race is found on whatever schedule runs, as long as both accesses do. Likewise
+// -fsanitize=alignment,bounds-strict calls undefined.cpp's where a pointer or an index is wrong by its type. Kernels
+// that never end are stopped (watchdog.cpp).
 //
 // Time: one counter that every synchronisation advances. A thread's `time` is the counter's value when it last
 // synchronised; its `clock` has of every thread the latest time it is ordered after. An access at `time` of thread u is
@@ -21,7 +22,9 @@
 
 namespace simt {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a block
+constexpr int kMaxCluster = 8;     // blocks
+constexpr int kMostThreads = kMaxCluster * kMaxThreads;
 constexpr int kWarp = 32;
 constexpr size_t kMostShared = 256 * 1024;  // bytes a block can have on any device
 constexpr int kActors = 130;                // see asynchronous.h
@@ -31,8 +34,8 @@ using Code = uint32_t;  // a code address, as an offset into this library
 
 struct Clock {
   int references;
-  Time of[kMaxThreads + kActors];  // as many as the block has threads, and with `actors` theirs behind
   Time fenced[kMaxThreads];  // with `actors`: until when each thread's writes are there for the asynchronous proxy
+  Time of[kMostThreads + kActors];  // as many as the cluster has threads, and with `actors` theirs behind
 };
 
 enum class Kind : uint8_t {
@@ -43,6 +46,7 @@ enum class Kind : uint8_t {
   misaligned,
   uninitialised,
   copy_under_way,
+  not_running,
   deadlock,
   divergence,
   bad_call,
@@ -67,7 +71,7 @@ struct Report {
   std::vector<std::pair<std::string, Code>> notes = {};  // lines below it, each with a place in the source
 };
 
-enum class Wait : uint8_t { nothing, block, warp, barrier, mbarrier, counter, exited };
+enum class Wait : uint8_t { nothing, block, cluster, warp, barrier, mbarrier, counter, exited };
 
 struct Copy {
   char* to;
@@ -81,7 +85,8 @@ struct Thread {
   void* stack_pointer;
   Clock* clock;
   Time time;
-  int index;
+  int index;  // in the cluster
+  int rank;   // its block's, in the cluster
   uint3 at;
   Wait wait;
   Code code;                   // where it waits
@@ -97,19 +102,24 @@ struct State {
   Launch launch;
   void (*body)(void*);
   void* context;
-  int num_threads = 0;
+  int num_threads = 0;  // of a block
+  int cluster = 1;      // blocks
+  int all_threads = 0;  // of a cluster
   bool actors = false;  // whether this block has done anything asynchronous but cp.async
-  int64_t block = 0;    // its number in the grid
+  int64_t block = 0;    // the number in the grid of the cluster's first block
   Time counter = 0;
-  Time launch_start = 0, block_start = 0;
-  std::vector<Thread> threads;
-  std::vector<Time> starts;  // of each block
+  Time launch_start = 0, cluster_start = 0;
+  std::vector<Thread> threads;  // block by block
+  std::vector<Time> starts;     // of each cluster
   bool aborted = false;
   uint64_t launches = 0, accesses = 0, switches = 0;
-  uint64_t most_accesses = 0, most_switches = 0;  // of the thread that runs and of the block: what is beyond never ends
+  uint64_t most_accesses = 0,
+           most_switches = 0;  // of the thread that runs and of the cluster: what is beyond never ends
 };
 extern State state;
 extern Thread* current;
+// The rank of the block that a thread belongs to; actors are of clusters of one block.
+inline int rank_of(int index) { return state.cluster == 1 ? 0 : index / state.num_threads; }
 
 // What the thread that runs may touch unwatched: its stack, and the kernel's arguments.
 struct Memory {
@@ -164,6 +174,8 @@ std::string name_of_stack(uintptr_t address);
 // Clocks.
 Clock* new_clock(const Clock* copy_of);
 void set_clock(Thread& thread, Clock* clock);
+// What any of these threads has done comes before what any of them does from here on. They have waited.
+void all_meet(Thread* threads, int count);
 void release(Clock* clock);
 void join(Clock* into, const Clock* other);
 inline Time advance() { return ++state.counter; }
@@ -174,15 +186,15 @@ using Finish = void (*)(Thread* const* lanes, unsigned arrived);
 void warp_operation(unsigned mask, void* operand, Code code, const char* name, Finish finish);
 // Stops unless all 32 came.
 void check_all_lanes(Thread* const* lanes, unsigned arrived, const char* did);
+void report_different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name);
 
 // Memory (memory.cpp).
 void begin_launch_memory();
-void begin_block_memory();
+void begin_cluster_memory();
 // An aligned access of 1, 2, 4, 8 or 16 bytes.
 void access_as(Thread& thread, const void* address, size_t bytes, bool write, Code code);
 // Reports if the 16 bytes of shared memory at `pointer` hold a write that `thread` can't rely on to see.
 void check_sees_shared(Thread& thread, const void* pointer, Code code);
-bool in_shared(const void* pointer);
 void begin_copy(Thread& thread, const Copy& copy);
 void end_copy(Thread& thread, const Copy& copy);
 std::string name_of_address(uintptr_t address);

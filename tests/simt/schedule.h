@@ -8,7 +8,12 @@
 
 namespace simt {
 
-void begin_block_synchronisation();
+void begin_cluster_synchronisation();
+// Clusters (cluster.cpp).
+void begin_cluster();
+void cluster_thread_exited(const Thread& thread);
+// Of an access in or near the shared memory of another block.
+void check_other_shared(const Thread& me, bool write, Code code, uintptr_t address, size_t bytes);
 int live_threads();
 void thread_exited(Thread& thread);
 [[noreturn]] void report_deadlock();

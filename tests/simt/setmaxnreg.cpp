@@ -47,7 +47,7 @@ void set_registers(int registers, bool more) {
     int registers;
     bool more;
   } call{registers, more};
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in setmaxnreg");
   warp_operation(~0u, &call, FASTFORMER_SIMT_CALLER, "in setmaxnreg", [](Thread* const* lanes, unsigned arrived) {
     check_all_lanes(lanes, arrived, "in setmaxnreg");
     const auto& wanted = *static_cast<const Call*>(lanes[0]->operand);

@@ -27,8 +27,8 @@ struct Cell {
 
 // 16 bytes of memory as 1 to 16 cells.
 struct Unit {
-  Time stamp;          // the block (shared memory) or launch (global) that the cells are of
-  Time life;           // the block or call that `written` is of
+  Time stamp;          // the cluster (shared memory) or launch (global) that the cells are of
+  Time life;           // the cluster or call that `written` is of
   uint16_t written;    // bytes, a bit each
   uint16_t in_flight;  // bytes that a cp.async under way will write
   uint8_t shift;       // log2 of a cell's bytes
@@ -36,7 +36,8 @@ struct Unit {
   Cell cells[16];
 };
 
-// Sets of readers, and of atomic accesses, of a cell: a mark a thread or actor, and one of any thread of another block.
+// Sets of readers, and of atomic accesses, of a cell: a mark a thread or actor, and one of any thread of another
+// cluster.
 class Readers {
  public:
   void clear() {
@@ -53,7 +54,7 @@ class Readers {
       set = free_.back();
       free_.pop_back();
     }
-    bounds_[set] = {kMaxThreads + kActors, -1, 0, false};
+    bounds_[set] = {kMostThreads + kActors, -1, 0, false};
     marks_[size_t{set} * size() + foreign()] = {};
     return set;
   }
@@ -75,13 +76,13 @@ class Readers {
     while (thread < bounds.first) marks[--bounds.first] = {};
     while (thread > bounds.last) marks[++bounds.last] = {};
     Mark& mine = marks[thread];
-    if (mine.time != 0 && mine.time < state.block_start) put_foreign(set, thread, mine);
+    if (mine.time != 0 && mine.time < state.cluster_start) put_foreign(set, thread, mine);
     bounds.atomics |= (mark.code & kAtomic) != 0;
     // An atomic access is harder to be ordered with than a read, so it stays.
     if (mine.time == mark.time && (mine.code & kAtomic) != 0) return;
     mine = mark;
   }
-  // A mark of another block.
+  // A mark of another cluster.
   void put_foreign(Time set, int thread, Mark mark) {
     marks_[size_t{set} * size() + foreign()] = mark;
     bounds_[set].foreign = thread;
@@ -102,20 +103,44 @@ class Readers {
  private:
   struct Bounds {
     int first, last;  // threads that have marks
-    int foreign;      // the thread of the mark of another block
+    int foreign;      // the thread of the mark of another cluster
     bool atomics;
   };
-  size_t size() const { return state.num_threads + kActors + 1; }
-  size_t foreign() const { return state.num_threads + kActors; }
+  size_t size() const { return state.all_threads + kActors + 1; }
+  size_t foreign() const { return state.all_threads + kActors; }
   std::vector<Mark> marks_;
   std::vector<Bounds> bounds_;
   std::vector<Time> free_;
   Time used_ = 0;
 };
 
-extern uintptr_t shared_begin;
-extern Unit* shared_units;  // of the 16 bytes there, and so on
+char* reserve(size_t bytes);  // address space, which is zeros
+
+// Shared memory (shared.cpp): that of each block of the cluster in a part of its own, with some around it.
+constexpr size_t kAround = 1 << 20;  // addresses on either side that are taken for mistakes about it
+constexpr size_t kSharedPart = kAround + kMostShared + kAround;
+constexpr size_t kSharedArea = kMaxCluster * kSharedPart;
+extern uintptr_t shared_area;
+extern Unit* area_units;        // of the 16 bytes there, and so on
+extern uintptr_t shared_begin;  // of the block that runs
+extern Unit* shared_units;      // of the 16 bytes there, and so on
 extern Readers shared_readers;
+inline uintptr_t shared_of(int rank) { return shared_area + rank * kSharedPart + kAround; }
+inline int rank_of_shared(uintptr_t address) { return static_cast<int>((address - shared_area) / kSharedPart); }
+inline Unit& shared_unit(uintptr_t address) { return area_units[(address - shared_area) >> 4]; }
+inline void enter_shared(int rank) {
+  shared_begin = shared_of(rank);
+  shared_units = &shared_unit(shared_begin);
+}
+// Whether it lies in or near the shared memory of the block that runs, or of any.
+inline bool in_shared(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) - (shared_begin - kAround) < kSharedPart;
+}
+inline bool in_any_shared(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) - shared_area < kSharedArea;
+}
+void begin_launch_shared();
+void forget_shared();  // all that is remembered of it
 
 // That of the first of these bytes; nullptr if they are not watched.
 Unit* unit_of(const void* address, size_t bytes);
@@ -149,7 +174,7 @@ void report_race(const Thread& me, Doing doing, Code code, uintptr_t address, in
 // Whether what `mark` says is ordered before what `me` does now.
 inline bool ordered(const Thread& me, int thread, Mark mark) {
   if (mark.time == 0) return true;
-  return mark.time >= state.block_start && (thread == me.index || mark.time <= me.clock->of[thread]);
+  return mark.time >= state.cluster_start && (thread == me.index || mark.time <= me.clock->of[thread]);
 }
 
 // How memory is accessed, and by whom.
@@ -199,11 +224,11 @@ inline void touch(const Touch& how, Cell& cell, uintptr_t address, int bytes) {
     cell.reader = static_cast<uint16_t>(me.index);
     return;
   }
-  // What another block has read no later block may write: of who else reads it nothing need be remembered.
-  if (how.doing == Doing::read && cell.read.time < state.block_start) return;
+  // What another cluster has read no later one may write: of who else reads it nothing need be remembered.
+  if (how.doing == Doing::read && cell.read.time < state.cluster_start) return;
   if (how.doing == Doing::atomic) against(cell.reader, cell.read, "read");
   const Time added = how.readers.add();
-  if (cell.read.time >= state.block_start) {
+  if (cell.read.time >= state.cluster_start) {
     how.readers.put(added, cell.reader, cell.read);
   } else if (cell.read.time != 0) {
     how.readers.put_foreign(added, cell.reader, cell.read);

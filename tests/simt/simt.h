@@ -92,6 +92,7 @@ void* shared_memory();
 
 struct Launch {
   const void* kernel;
+  unsigned cluster;  // blocks
   dim3 grid, block;
   size_t shared_bytes;
   const void* const* pointers;  // the arguments in order, nullptr where the parameter is no pointer
@@ -111,16 +112,16 @@ const void* pointer_or_null(const T& value) {
   }
 }
 
-// `kernel(arguments...)` on a grid of blocks.
+// `kernel(arguments...)` on a grid of blocks, of which `cluster` neighbours along x run at the same time.
 template <typename... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+void launch(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
             std::type_identity_t<Parameters>... arguments) {
   static_assert((!std::is_reference_v<Parameters> && ...), "a kernel's parameter can't refer to the host's memory");
   const void* pointers[] = {nullptr, pointer_or_null(arguments)...};
   std::tuple<void (*)(Parameters...), Parameters...> call{kernel, arguments...};
   launch(
-      {reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, pointers + 1, sizeof...(Parameters), &call,
-       sizeof(call)},
+      {reinterpret_cast<const void*>(kernel), cluster, grid, block, shared_bytes, pointers + 1, sizeof...(Parameters),
+       &call, sizeof(call)},
       [](void* context) {
         std::apply([](auto run, const Parameters&... values) { run(values...); },
                    *static_cast<decltype(call)*>(context));

@@ -18,7 +18,8 @@ struct Wgmma {
   bool add, transposed_a, transposed_b, bfloat16;
 };
 
-// These are compiled once, in asynchronous.cpp, mbarrier.cpp, tma.cpp, counter.cpp, setmaxnreg.cpp and wgmma.cpp.
+// These are compiled once, in asynchronous.cpp, mbarrier.cpp, tma.cpp, counter.cpp, cluster.cpp, setmaxnreg.cpp and
+// wgmma.cpp.
 void mbarrier_init(void* barrier, int arrivals);
 void fence_mbarrier_init();
 void mbarrier_arrive(void* barrier);
@@ -33,6 +34,9 @@ void bulk_add(float* to, const float* shared, int bytes);
 void bulk_wait_all();
 void count_up(int* counter);
 void wait_for_count(const int* counter, int count);
+int cluster_rank();
+void* of_block(void* shared, int rank);
+void cluster_sync();
 void set_registers(int registers, bool more);
 void wgmma_fence(const Registers* registers, int count);
 void wgmma(const Wgmma& product);
@@ -74,6 +78,13 @@ __forceinline__ void bulk_add(float* to, const float* shared, int bytes) { simt:
 __forceinline__ void bulk_wait_all() { simt::bulk_wait_all(); }
 __forceinline__ void count_up(int* counter) { simt::count_up(counter); }
 __forceinline__ void wait_for_count(const int* counter, int count) { simt::wait_for_count(counter, count); }
+
+__forceinline__ int cluster_rank() { return simt::cluster_rank(); }
+template <typename T>
+__forceinline__ T* of_block(T* shared, int rank) {
+  return static_cast<T*>(simt::of_block(const_cast<std::remove_const_t<T>*>(shared), rank));
+}
+__forceinline__ void cluster_sync() { simt::cluster_sync(); }
 
 template <int kRegisters>
 __forceinline__ void fewer_registers() {

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <bit>
 #include <map>
+#include <span>
+#include <tuple>
 
 #include "asynchronous.h"
 #include "runtime.h"
@@ -30,13 +32,17 @@ struct Barrier {
   std::vector<int> waiting;
 };
 
+struct Block {
+  int exited, waiting;  // threads
+  int last_exited, first_waiting;
+  Barrier barriers[16];
+};
+
 constexpr unsigned kEveryLane = ~0u;
 
-Warp warps[kMaxThreads / kWarp];
-Barrier barriers[16];
-int num_live, num_exited, num_waiting, last_exited;
-int first_waiting;
-std::vector<Clock*> free_clocks;
+Warp warps[kMostThreads / kWarp];
+Block blocks[kMaxCluster];
+int num_live;
 
 [[noreturn]] void stop_thread(const Thread& thread, Kind kind, Code code, const char* did, std::string text) {
   Report finding{.kind = kind, .now = side(thread, code, did)};
@@ -47,11 +53,8 @@ std::vector<Clock*> free_clocks;
   stop_thread(*current, kind, code, did, std::move(text));
 }
 
-void different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name) {
-  Report finding{.kind = Kind::divergence, .now = side(me, code, name), .before = side(other, other_code, name)};
-  finding.text = "threads that should meet wait at different places";
-  finding.unless_same_line = true;
-  report(std::move(finding));
+std::string has_ended(const Thread& thread) {
+  return "thread " + std::to_string(thread_of(thread.index)) + " has ended while others wait for it";
 }
 
 void run_group(Warp& warp, int index, Thread* lanes) {
@@ -77,7 +80,7 @@ struct BarrierCall {
 void meet(BarrierCall mine, Code code, const char* name) {
   warp_operation(kEveryLane, &mine, code, name, [](Thread* const* lanes, unsigned arrived) {
     const Thread& first = *lanes[std::countr_zero(arrived)];
-    const int begin = first.index / kWarp * kWarp;
+    const int begin = thread_of(first.index) / kWarp * kWarp;
     for (int i = 0; i < kWarp && begin + i < state.num_threads; ++i) {
       if ((arrived >> i & 1) == 0) {
         stop_thread(first, Kind::divergence, first.code, first.waits_in,
@@ -87,7 +90,7 @@ void meet(BarrierCall mine, Code code, const char* name) {
       const auto& other = *static_cast<const BarrierCall*>(first.operand);
       if (call.number != other.number || call.threads != other.threads) {
         stop_thread(*lanes[i], Kind::bad_call, lanes[i]->code, lanes[i]->waits_in,
-                    "thread " + std::to_string(first.index) + " of its warp names another barrier or count");
+                    "thread " + std::to_string(thread_of(first.index)) + " of its warp names another barrier or count");
       }
     }
   });
@@ -118,17 +121,6 @@ bool arrive(Barrier& barrier, Thread& thread, int number, int threads, Code code
   return ++barrier.arrived == barrier.expected;
 }
 
-// A clock of all threads, but for what each knows of the actors and their proxy.
-void meet_actors(Clock* clock) {
-  std::fill_n(clock->of + state.num_threads, kActors, Time{0});
-  std::fill_n(clock->fenced, state.num_threads, Time{0});
-  const Clock* last = nullptr;
-  for (int i = 0; i < state.num_threads; ++i) {
-    if (state.threads[i].clock != last) join(clock, state.threads[i].clock);
-    last = state.threads[i].clock;
-  }
-}
-
 void open(Barrier& barrier) {
   const Time now = advance();
   std::sort(barrier.waiting.begin(), barrier.waiting.end());
@@ -148,34 +140,15 @@ void open(Barrier& barrier) {
 
 }  // namespace
 
-Clock* new_clock(const Clock* copy_of) {
-  Clock* clock;
-  if (free_clocks.empty()) {
-    clock = new Clock;
-  } else {
-    clock = free_clocks.back();
-    free_clocks.pop_back();
-  }
-  clock->references = 0;
-  if (copy_of != nullptr) {
-    std::copy_n(copy_of->of, state.num_threads + (state.actors ? kActors : 0), clock->of);
-    if (state.actors) std::copy_n(copy_of->fenced, state.num_threads, clock->fenced);
-  }
-  return clock;
+void report_different_places(const Thread& me, Code code, const Thread& other, Code other_code, const char* name) {
+  Report finding{.kind = Kind::divergence, .now = side(me, code, name), .before = side(other, other_code, name)};
+  finding.text = "threads that should meet wait at different places";
+  finding.unless_same_line = true;
+  report(std::move(finding));
 }
 
-void release(Clock* clock) {
-  if (clock != nullptr && --clock->references == 0) free_clocks.push_back(clock);
-}
-
-void join(Clock* into, const Clock* other) {
-  const int known = state.num_threads + (state.actors ? kActors : 0);
-  for (int i = 0; i < known; ++i) into->of[i] = std::max(into->of[i], other->of[i]);
-  if (!state.actors) return;
-  for (int i = 0; i < state.num_threads; ++i) into->fenced[i] = std::max(into->fenced[i], other->fenced[i]);
-}
-
-void begin_actors() {
+void begin_actors(Code code, const char* did) {
+  if (state.cluster > 1) stop_at(Kind::bad_call, code, did, "the emulator does not know it in clusters yet");
   state.actors = true;
   const auto extend = [](Clock* clock) {
     if (clock == nullptr) return;
@@ -183,7 +156,7 @@ void begin_actors() {
     std::fill_n(clock->fenced, state.num_threads, Time{0});
   };
   for (int i = 0; i < state.num_threads; ++i) extend(state.threads[i].clock);
-  for (Barrier& barrier : barriers) extend(barrier.clock);
+  for (Barrier& barrier : blocks[0].barriers) extend(barrier.clock);
   begin_block_mbarriers();
   begin_block_stores();
   begin_block_products();
@@ -191,27 +164,23 @@ void begin_actors() {
   begin_block_registers();
 }
 
-void set_clock(Thread& thread, Clock* clock) {
-  ++clock->references;
-  release(thread.clock);
-  thread.clock = clock;
-}
-
-void begin_block_synchronisation() {
-  num_live = state.num_threads;
-  num_exited = num_waiting = 0;
-  for (int i = 0; i * kWarp < state.num_threads; ++i) {
-    const int lanes = std::min(kWarp, state.num_threads - i * kWarp);
+void begin_cluster_synchronisation() {
+  num_live = state.all_threads;
+  for (int i = 0; i * kWarp < state.all_threads; ++i) {
+    const int lanes = std::min(kWarp, state.all_threads - i * kWarp);
     warps[i].live = lanes == kWarp ? ~0u : (1u << lanes) - 1;
     warps[i].num_groups = 0;
   }
-  for (Barrier& barrier : barriers) {
-    release(barrier.clock);
-    barrier.clock = nullptr;
-    release(barrier.joined);
-    barrier.joined = nullptr;
-    barrier.arrived = 0;
-    barrier.waiting.clear();
+  for (Block& block : std::span(blocks, state.cluster)) {
+    block.exited = block.waiting = 0;
+    for (Barrier& barrier : block.barriers) {
+      release(barrier.clock);
+      barrier.clock = nullptr;
+      release(barrier.joined);
+      barrier.joined = nullptr;
+      barrier.arrived = 0;
+      barrier.waiting.clear();
+    }
   }
 }
 
@@ -227,17 +196,17 @@ void thread_exited(Thread& thread) {
     }
   }
   --num_live;
-  ++num_exited;
-  last_exited = thread.index;
+  Block& block = blocks[thread.rank];
+  ++block.exited;
+  block.last_exited = thread.index;
   Warp& warp = warps[thread.index / kWarp];
   const unsigned bit = 1u << thread.index % kWarp;
   warp.live &= ~bit;
-  if (num_waiting > 0) {
-    const Thread& other = state.threads[first_waiting];
-    Report finding{.kind = Kind::divergence, .now = side(other, other.code, "in __syncthreads")};
-    finding.text = "thread " + std::to_string(thread.index) + " has ended while others wait for it";
-    stop(std::move(finding));
+  if (block.waiting > 0) {
+    const Thread& other = state.threads[block.first_waiting];
+    stop_thread(other, Kind::divergence, other.code, "in __syncthreads", has_ended(thread));
   }
+  cluster_thread_exited(thread);
   for (int i = warp.num_groups; i-- > 0;) {  // run_group puts the last, already seen, in the place of what it removes
     const Group& group = warp.groups[i];
     if ((group.mask & bit) != 0 && complete(warp, group)) run_group(warp, i, lanes_of(thread));
@@ -245,19 +214,21 @@ void thread_exited(Thread& thread) {
 }
 
 void report_deadlock() {
-  std::map<std::pair<Code, std::string>, std::vector<int>> waiting;
-  for (int i = 0; i < state.num_threads; ++i) {
+  std::map<std::tuple<Code, std::string, int>, std::vector<int>> waiting;  // by where, for what, and the block's rank
+  for (int i = 0; i < state.all_threads; ++i) {
     const Thread& thread = state.threads[i];
     if (thread.wait == Wait::exited) continue;
     std::string what = thread.waits_in;
     if (thread.wait == Wait::barrier) what += " of barrier " + std::to_string(thread.barrier);
     if (thread.wait == Wait::counter) what += " of one that is at " + std::to_string(thread.barrier);
     if (thread.wait == Wait::mbarrier) what += " of " + state_of_mbarrier(thread.barrier);
-    waiting[{thread.code, what}].push_back(i);
+    waiting[{thread.code, what, thread.rank}].push_back(thread_of(i));
   }
   Report finding{.kind = Kind::deadlock, .now = side(*current, current->code, current->waits_in)};
-  finding.text = std::to_string(num_live) + " threads wait, " + std::to_string(num_exited) + " have ended";
+  finding.text =
+      std::to_string(num_live) + " threads wait, " + std::to_string(state.all_threads - num_live) + " have ended";
   for (const auto& [key, threads] : waiting) {
+    const auto& [code, what, rank] = key;
     std::string who;
     for (size_t i = 0; i < threads.size();) {
       size_t end = i + 1;
@@ -267,11 +238,13 @@ void report_deadlock() {
       if (end > i + 1) who += "-" + std::to_string(threads[end - 1]);
       i = end;
     }
-    finding.notes.emplace_back("threads " + who + " wait " + key.second, key.first);
+    if (state.cluster > 1) who += " of block " + std::to_string(state.block + rank);
+    finding.notes.emplace_back("threads " + who + " wait " + what, code);
   }
   if (current->wait == Wait::exited && !waiting.empty()) {
     const auto& [key, threads] = *waiting.begin();
-    finding.now = side(state.threads[threads[0]], key.first, state.threads[threads[0]].waits_in);
+    const Thread& first = state.threads[std::get<int>(key) * state.num_threads + threads[0]];
+    finding.now = side(first, first.code, first.waits_in);
   }
   stop(std::move(finding));
 }
@@ -298,7 +271,7 @@ void warp_operation(unsigned mask, void* operand, Code code, const char* name, F
       finding.text = "lanes of a warp that should meet call different functions";
       stop(std::move(finding));
     }
-    if (group.code != code) different_places(me, code, first, group.code, name);
+    if (group.code != code) report_different_places(me, code, first, group.code, name);
     group.arrived |= bit;
   }
   if (complete(warp, warp.groups[index])) {
@@ -317,29 +290,18 @@ void check_all_lanes(Thread* const* lanes, unsigned arrived, const char* did) {
 void sync_threads() {
   Thread& me = *current;
   const Code code = FASTFORMER_SIMT_CALLER;
-  if (num_exited > 0) {
-    stop_at(Kind::divergence, code, "in __syncthreads",
-            "thread " + std::to_string(last_exited) + " has ended while others wait for it");
+  Block& block = blocks[me.rank];
+  if (block.exited > 0) {
+    stop_at(Kind::divergence, code, "in __syncthreads", has_ended(state.threads[block.last_exited]));
   }
-  if (num_waiting == 0) {
-    first_waiting = me.index;
-  } else if (const Thread& first = state.threads[first_waiting]; first.code != code) {
-    different_places(me, code, first, first.code, "in __syncthreads");
+  if (block.waiting == 0) {
+    block.first_waiting = me.index;
+  } else if (const Thread& first = state.threads[block.first_waiting]; first.code != code) {
+    report_different_places(me, code, first, first.code, "in __syncthreads");
   }
-  if (++num_waiting < state.num_threads) return wait(me, Wait::block, code, "in __syncthreads");
-  num_waiting = 0;
-  const Time now = advance();
-  Clock* clock = new_clock(nullptr);
-  for (int i = 0; i < state.num_threads; ++i) {
-    Thread& thread = state.threads[i];
-    clock->of[i] = thread.time;
-    thread.time = now;
-  }
-  if (state.actors) meet_actors(clock);
-  for (int i = 0; i < state.num_threads; ++i) {
-    set_clock(state.threads[i], clock);
-    wake(state.threads[i]);
-  }
+  if (++block.waiting < state.num_threads) return wait(me, Wait::block, code, "in __syncthreads");
+  block.waiting = 0;
+  all_meet(&state.threads[me.rank * state.num_threads], state.num_threads);
   yield(me, code, "in __syncthreads");
 }
 
@@ -375,7 +337,7 @@ void trap() { stop_at(Kind::trap, FASTFORMER_SIMT_CALLER, "in __trap", "the kern
 void barrier_sync(int number, int threads) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
-  Barrier& barrier = barriers[number & 15];
+  Barrier& barrier = blocks[me.rank].barriers[number & 15];
   meet({number, threads}, code, "in barrier_sync");
   me.barrier = number;
   const bool last = arrive(barrier, me, number, threads, code, "in barrier_sync");
@@ -387,7 +349,7 @@ void barrier_sync(int number, int threads) {
 
 void barrier_arrive(int number, int threads) {
   Thread& me = *current;
-  Barrier& barrier = barriers[number & 15];
+  Barrier& barrier = blocks[me.rank].barriers[number & 15];
   const Code code = FASTFORMER_SIMT_CALLER;
   meet({number, threads}, code, "in barrier_arrive");
   const bool last = arrive(barrier, me, number, threads, code, "in barrier_arrive");

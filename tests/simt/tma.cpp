@@ -120,6 +120,7 @@ TensorMap tensor_map(const void* data, int element_bytes, int rank, const int64_
   const auto of = [](int i) { return " of dimension " + std::to_string(i); };
   TensorMap map{};
   if (rank < 1 || rank > 5) refuse("0 or more than 5 dimensions");
+  if (data == nullptr) refuse("a null address");
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) refuse("an address that is no multiple of 16");
   if (swizzle < 0 || swizzle > 3) refuse("an unknown swizzle");
   map.data = static_cast<const char*>(data);
@@ -236,7 +237,7 @@ void tma_load(void* shared, const TensorMap& map, void* barrier, const int* at, 
 void tma_store(const TensorMap& map, const void* shared, const int* at, int rank) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
-  need_actors();
+  need_actors(code, "in tma_store");
   check_rank(me, map, rank, code, "in tma_store");
   BoxCopy copy = checked(me, map, 128 << map.swizzle, shared, at, code, "in tma_store");
   copy.what = Moves::store;
@@ -247,7 +248,7 @@ void bulk_add(float* to, const float* shared, int bytes) {
   const Code code = FASTFORMER_SIMT_CALLER;
   const char* did = "in bulk_add";
   Thread& me = *current;
-  need_actors();
+  need_actors(code, did);
   if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0) {
     bad_call(me, code, did, "the bytes and both addresses are multiples of 16");
   }
@@ -272,7 +273,7 @@ void bulk_wait_all() {
 }
 
 void tma_store_commit() {
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in tma_store_commit");
   Stores& mine = stores[current->index];
   size_t before = 0;
   for (const size_t count : mine.groups) before += count;
@@ -280,7 +281,7 @@ void tma_store_commit() {
 }
 
 void tma_store_wait(int groups) {
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in tma_store_wait");
   Thread& me = *current;
   Stores& mine = stores[me.index];
   size_t copies = 0, done = 0;

@@ -361,7 +361,7 @@ void end_block_products() {
 
 void wgmma_fence(const Registers* registers, int count) {
   RegistersCall call{0, registers, count};
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, kFence);
   warp_operation(~0u, &call, FASTFORMER_SIMT_CALLER, kFence, [](Thread* const* lanes, unsigned arrived) {
     check_all_lanes(lanes, arrived, kFence);
     const auto& call = *static_cast<const RegistersCall*>(lanes[0]->operand);
@@ -378,12 +378,12 @@ void wgmma_fence(const Registers* registers, int count) {
 
 void wgmma(const Wgmma& product) {
   Wgmma mine = product;
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, kBegin);
   warp_operation(~0u, &mine, FASTFORMER_SIMT_CALLER, kBegin, begin_product);
 }
 
 void wgmma_commit() {
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, "in wgmma_commit");
   warp_operation(~0u, nullptr, FASTFORMER_SIMT_CALLER, "in wgmma_commit", [](Thread* const* lanes, unsigned arrived) {
     check_all_lanes(lanes, arrived, "in wgmma_commit");
     WarpProducts& mine = warps[warp_of(lanes)];
@@ -395,7 +395,7 @@ void wgmma_commit() {
 
 void wgmma_wait(int groups, const Registers* registers, int count) {
   RegistersCall call{groups, registers, count};
-  need_actors();
+  need_actors(FASTFORMER_SIMT_CALLER, kWait);
   warp_operation(~0u, &call, FASTFORMER_SIMT_CALLER, kWait, end_products);
 }
 
