@@ -317,6 +317,7 @@ TENSOR: dict[str, Any] = {"data": 16, "sizes": [64, 8], "strides": [1, 64], "box
     [
         ({}, ""),
         ({"box": [64, 8], "swizzle": 3}, ""),
+        ({"data": 0}, "a null address"),
         ({"data": 24}, "an address that is no multiple of 16"),
         ({"sizes": [64, 0]}, "a size of dimension 1 that is not 1 to 2^32"),
         ({"sizes": [64, 2**32 + 1]}, "a size of dimension 1"),
