@@ -46,8 +46,8 @@ fuzz: build
 # The CUDA C++ kernels in the emulator, their threads in twenty random orders.
 simt: build
 	FASTFORMER_SIMT_SCHEDULES=20 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -k "simt or cuda-cpu" tests/test_simt.py \
-		$(foreach name,softmax layer_norm rotary feed_forward feed_forward_hopper linear_cross_entropy cuda_devices attention \
-			attention_features attention_dropout attention_cuda attention_hopper decoding varlen_attn,tests/test_$(name).py)
+		$(foreach name,softmax layer_norm rows_hopper rotary feed_forward feed_forward_hopper linear_cross_entropy cuda_devices \
+			attention attention_features attention_dropout attention_cuda attention_hopper decoding varlen_attn,tests/test_$(name).py)
 
 # On a machine with an NVIDIA GPU, without network: tests, benchmarks, compute-sanitizer, tuning, Nsight Compute, within
 # eight minutes. See benchmarks/gpu_plan.py.

@@ -97,7 +97,7 @@ def test_a_step_of_a_matrix_product_on_hopper_has_the_instructions_counted_by_ha
         assert sum("WARPGROUP.DEPBAR" in line for line in code) == 2, name
         assert sum("USETMAXREG" in line for line in code) == 2, name
         assert not any("CALL" in line for line in code), name
-        narrow = [line for line in code if re.search(r"\bSTG?\.E", line) and "E.128" not in line]
+        narrow = [line for line in code if "STG.E" in line and "STG.E.128" not in line]
         assert len(narrow) == (kind[2] == "Derive"), name
 
 
@@ -183,13 +183,40 @@ def test_the_softmax_of_attention_on_hopper_overlaps_the_product_before_it() -> 
     ],
 )
 def test_eight_results_of_16_bits_leave_by_one_store(function: str, by_eight: str, architecture: str) -> None:
-    """The compiler parts what was put together from halves: see ptx::store_words."""
+    """The compiler parts what was put together from halves: see store_global."""
     kernels = cuda_resources.instructions(function, architecture)
     kernels = {name: code for name, code in kernels.items() if re.search(by_eight, name)}
     assert kernels
     for name, code in kernels.items():
-        assert any(re.search(r"\bST\.E\.128", line) for line in code), name
-        assert not any(re.search(r"\bSTG?\.E\.U16", line) for line in code), name
+        assert any("STG.E.128" in line for line in code), name
+        assert not any("STG.E.U16" in line for line in code), name
+
+
+@needs_cuda_library
+@pytest.mark.parametrize(
+    ("function", "sums", "loads", "stores"),
+    [
+        # A thread has four packs of each tensor; summed and output of layer norm are two.
+        ("softmax_forward_looped", 2, 4, 4),
+        ("softmax_backward_looped", 2, 8, 4),
+        ("layer_norm_forward_looped", 3, None, 8),  # loads: with those of a residual, or without
+        ("layer_norm_backward_looped", 2, None, 4),
+    ],
+)
+def test_a_cluster_s_kernels_have_the_instructions_counted_by_hand(
+    function: str, sums: int, loads: int | None, stores: int
+) -> None:
+    kernels = cuda_resources.instructions(function, "sm_90a")
+    kernels = {name: code for name, code in kernels.items() if name.endswith(", -1>")}
+    assert len(kernels) == {"softmax_forward_looped": 12, "softmax_backward_looped": 6}.get(function, 10)
+    for name, code in kernels.items():
+        found = Counter(match[0] for line in code if (match := re.search(r"\b(UCGABAR_WAIT|(LD|ST)G?\.E[.\w]*)", line)))
+        # A barrier before the first sum too. Each sum is stored in other blocks, and loaded in the block's own memory.
+        assert found["UCGABAR_WAIT"] == 1 + sums, name
+        assert {kind: count for kind, count in found.items() if kind[:3] in ("LD.", "ST.")} == {"ST.E": sums}, name
+        if re.search(r"<\w+(, float)?, [48], ", name):
+            assert found["STG.E.128"] == stores, name
+            assert loads in (None, found["LDG.E.128"]) or ", true, " in name, name  # true: masked
 
 
 def test_every_operator_is_registered_once() -> None:

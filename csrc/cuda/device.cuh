@@ -84,23 +84,12 @@ FASTFORMER_DEVICE Pack<T, kCount> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kCount>*>(from);
 #endif
 }
-namespace ptx {
-FASTFORMER_DEVICE void store_words(void* to, const uint32_t (&words)[4]);  // see ptx.cuh
-}
-
 template <int kCount, typename T>
 FASTFORMER_DEVICE void store(T* to, const Pack<T, kCount>& pack) {
 #ifdef FASTFORMER_SIMT
   simt::store(to, pack);
 #else
-  if constexpr (sizeof(pack) == 16 && sizeof(T) == 2) {
-    struct Words {
-      uint32_t values[4];
-    };
-    ptx::store_words(to, __builtin_bit_cast(Words, pack).values);
-  } else {
-    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
-  }
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 #endif
 }
 

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
       if constexpr (kGated) value *= to_float(up.values[i]);
       result.values[i] = from_float<T>(value);
     }
-    store(activated + row * activated_stride + column, result);
+    store_global(activated + row * activated_stride + column, result);
   }
 }
 
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         by_value.values[i] = from_float<T>(by_up);
         sums[i] += by_up;
       }
-      store(grad + place, by_value);
-      if constexpr (kGated) store(grad_gate + place, by_gate);
-      if (activated != nullptr) store(activated + place, values);
+      store_global(grad + place, by_value);
+      if constexpr (kGated) store_global(grad_gate + place, by_gate);
+      if (activated != nullptr) store_global(activated + place, values);
     }
   }
   if (bias_sums == nullptr) return;

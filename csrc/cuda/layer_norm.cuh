@@ -1,4 +1,4 @@
-// What layer norm's two directions share: the vectors along a row, weight and bias.
+// What layer norm's two directions share: the vectors along a row, weight and bias, and how much of a row is kept.
 #pragma once
 
 #include "rows.cuh"
@@ -11,6 +11,11 @@ FASTFORMER_DEVICE void load_vector(float (&to)[kPack], const W* vector, int64_t 
 #pragma unroll
   for (int i = 0; i < kPack; ++i) to[i] = otherwise;
   if (vector != nullptr) load_floats<true>(to, vector + column);
+}
+
+// Of a row that shared memory doesn't hold, what it has room for: the columns of whole steps of a loop.
+inline int64_t kept_steps(int64_t column_bytes, int64_t step, const OnDevice& device) {
+  return (device.shared_memory_limit() - Team<kBlock>::kSharedBytes) / column_bytes / step * step;
 }
 
 inline Tensor zeros(const Tensor& like, int64_t count, ScalarType dtype) {

@@ -6,99 +6,19 @@
 // (without mean(scaled) in RMSNorm), and the weight's and bias's are the sums over rows of grad_output * normed and of
 // grad_output. A few blocks a multiprocessor go over the rows, read each input once, and hold a row in registers and
 // their sums over rows in registers too, or, of wider rows, in shared memory; a second kernel adds up the blocks' sums.
-// Of rows wider still, the sums would not fit beside the row: there the second kernel reads grad_output and summed
-// again, each block a few columns of all rows. No atomics: every sum is taken in an order that depends on the sizes and
-// the device alone.
+// Of rows wider still, the sums would not fit beside the row: there a block, or on Hopper a cluster, goes over one row,
+// and the second kernel reads grad_output and summed again, each block a few columns of all rows. No atomics: every sum
+// is taken in an order that depends on the sizes and the device alone.
 #include <algorithm>
 #include <tuple>
 
-#include "layer_norm.cuh"
+#include "layer_norm_backward.cuh"
 #include "layer_norm_sums.cuh"
 
 namespace fastformer::cuda {
 namespace {
 
 // --- kernels
-
-template <typename T, typename W>
-struct Backward {
-  const T* grad_output;        // [N, C], unit stride
-  const T* grad_summed;        // likewise, or nullptr
-  const T* summed;             // likewise
-  const W* weight;             // [C] or nullptr
-  const float* mean;           // [N]; nullptr if RMS
-  const float* rstd;           // [N]
-  T* grad_input;               // [N, C], contiguous
-  int64_t row_count;           // N
-  int64_t column_count;        // C
-  int64_t grad_output_stride;  // from row to row
-  int64_t grad_summed_stride;  // likewise
-  int64_t summed_stride;       // likewise
-};
-
-struct Statistics {
-  float mean, rstd;
-};
-
-template <typename T, typename W>
-FASTFORMER_DEVICE Statistics statistics_of(const Backward<T, W>& args, int64_t row) {
-  if (row >= args.row_count) return {0.0f, 0.0f};
-  return {args.mean == nullptr ? 0.0f : args.mean[row], args.rstd[row]};
-}
-
-// Means over a row of scaled * normed and, but in RMSNorm, of scaled.
-struct Means {
-  float product, scaled;
-};
-
-template <int kLanes, typename T, typename W>
-FASTFORMER_DEVICE Means means_of(const Backward<T, W>& args, float products, float scaled, Team<kLanes>& team) {
-  const float count = static_cast<float>(args.column_count);
-  products = team.sum(products) / count;
-  return {products, args.mean == nullptr ? 0.0f : team.sum(scaled) / count};
-}
-
-template <typename T>
-FASTFORMER_DEVICE float normed_of(T summed, const Statistics& of) {
-  return (to_float(summed) - of.mean) * of.rstd;
-}
-
-// __fmul_rn: never fused with what follows, so that the one column of a row is exactly its own mean.
-template <typename T>
-FASTFORMER_DEVICE float scaled_of(T grad, float weight) {
-  return __fmul_rn(to_float(grad), weight);
-}
-
-// grad_input of a thread's columns of a row from `start` on.
-template <int kPack, typename T, typename W, int kCount, int kLanes>
-FASTFORMER_DEVICE void store_grad_input(const Backward<T, W>& args, const T (&grad)[kCount], const T (&summed)[kCount],
-                                        const Statistics& of, const Means& means, int64_t row, int64_t start,
-                                        int columns, const Team<kLanes>& team) {
-  // Several packs of grad_summed at once: between the stores each would be waited for alone. Large blocks have no
-  // registers for that.
-  constexpr int kAtOnce = kCount % 16 == 0 && kLanes < kLargeBlock ? 16 : kCount % 8 == 0 ? 8 : kCount;
-#pragma unroll
-  for (int group = 0; group < kCount; group += kAtOnce) {
-    const int shift = group * team.size(), left = columns - shift;
-    T added[kAtOnce] = {};
-    if (args.grad_summed != nullptr) {
-      load_row<kPack>(added, args.grad_summed + row * args.grad_summed_stride + start + shift, left, team);
-    }
-    T* grad_input = args.grad_input + row * args.column_count + start + shift;
-    for_packs<kPack, kAtOnce>(team, left, [&](int first, int column) {
-      float weight[kPack], result[kPack];
-      load_vector(weight, args.weight, start + shift + column, 1.0f);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const float scaled = scaled_of(grad[group + first + i], weight[i]);
-        const float normed = normed_of(summed[group + first + i], of);
-        const float centred = scaled - means.scaled - normed * means.product;
-        result[i] = centred * of.rstd + to_float(added[first + i]);
-      }
-      store_floats<(kPack > 1)>(grad_input + column, result);
-    });
-  }
-}
 
 // A thread's columns where registers hold its sums too, and where shared memory does: as many as ptxas gives 128
 // registers without spilling.
@@ -109,7 +29,7 @@ constexpr int kSummed = kInShared    ? 32
 
 template <typename T, typename W, int kPack, int kLanes, bool kInShared>
 __global__ void __launch_bounds__(Team<kLanes>::kThreads)
-    layer_norm_backward_held(const Backward<T, W> args,
+    layer_norm_backward_held(const NormBackward<T, W> args,
                              float* weight_sums,  // [blocks, C]: each block's share of grad_weight; nullptr: not asked
                              float* bias_sums) {  // likewise of grad_bias
   constexpr int kCount = kSummed<kPack, kInShared>;
@@ -187,61 +107,13 @@ __global__ void __launch_bounds__(kAddingThreads)
   if (grad_bias != nullptr) grad_bias[column] = from_float<W>(sums.bias(0));
 }
 
-// grad_input of one row a block. kept_columns: how many of the first columns of grad_output and of summed shared memory
-// has room for, whole steps of the loop or all of them.
-template <typename T, typename W, int kPack>
-__global__ void __launch_bounds__(kLargeBlock)
-    layer_norm_backward_looped(const Backward<T, W> args, int64_t kept_columns) {
-  constexpr int kCount = kHeld<kPack>;
-  Team<kBlock> team;
-  const int64_t row = team.row();
-  const int step = team.size() * kCount;
-  const T* grad_row = args.grad_output + row * args.grad_output_stride;
-  const T* summed_row = args.summed + row * args.summed_stride;
-  T* kept_grad = shared_memory<T>() + Team<kBlock>::kSharedBytes / sizeof(T);
-  T* kept_summed = kept_grad + kept_columns;
-  const Statistics of = statistics_of(args, row);
-  T grad[kCount], summed[kCount];
-
-  float products = 0.0f, scaled_sum = 0.0f;
-  for (int64_t start = 0; start < args.column_count; start += step) {
-    const int columns = at_most(step, args.column_count - start);
-    load_row<kPack>(grad, grad_row + start, columns, team);
-    load_row<kPack>(summed, summed_row + start, columns, team);
-    if (start < kept_columns) {
-      store_row<kPack>(kept_grad + start, grad, columns, team);
-      store_row<kPack>(kept_summed + start, summed, columns, team);
-    }
-    for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
-      float weight[kPack];
-      load_vector(weight, args.weight, start + column, 1.0f);
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) {
-        const float scaled = scaled_of(grad[first + i], weight[i]);
-        products += scaled * normed_of(summed[first + i], of);
-        scaled_sum += scaled;
-      }
-    });
-  }
-  const Means means = means_of(args, products, scaled_sum, team);
-
-  // As in the forward: a thread reads of what is kept what it wrote itself, and last columns come first.
-  for (int64_t start = (args.column_count - 1) / step * step; start >= 0; start -= step) {
-    const int columns = at_most(step, args.column_count - start);
-    const bool kept = start < kept_columns;
-    load_row<kPack>(grad, (kept ? kept_grad : grad_row) + start, columns, team);
-    load_row<kPack>(summed, (kept ? kept_summed : summed_row) + start, columns, team);
-    store_grad_input<kPack>(args, grad, summed, of, means, row, start, columns, team);
-  }
-}
-
 // grad_weight and grad_bias of kLanes * kPack columns a block. Each team of kLanes threads adds up every so many-th
 // row.
 constexpr int kColumnThreads = 512;
 
 template <typename T, typename W, int kPack, int kLanes>
 __global__ void __launch_bounds__(kColumnThreads)
-    layer_norm_backward_columns(const Backward<T, W> args,
+    layer_norm_backward_columns(const NormBackward<T, W> args,
                                 W* grad_weight,  // [C], or nullptr if not asked for
                                 W* grad_bias) {  // likewise
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kLanes + threadIdx.x % kLanes) * kPack;
@@ -285,7 +157,7 @@ struct VectorGrads {
 };
 
 template <typename T, typename W, int kPack, int kLanes, bool kInShared>
-void launch_held(const Backward<T, W>& args, const VectorGrads<W>& grads, int64_t most_blocks, dim3 block,
+void launch_held(const NormBackward<T, W>& args, const VectorGrads<W>& grads, int64_t most_blocks, dim3 block,
                  int64_t shared_bytes, const Tensor& like, const OnDevice& device) {
   const int64_t running = static_cast<int64_t>(device.multiprocessors()) * (kThreadsAMultiprocessor / block.x);
   const int64_t blocks = std::min(most_blocks, running);
@@ -302,13 +174,19 @@ void launch_held(const Backward<T, W>& args, const VectorGrads<W>& grads, int64_
 }
 
 template <typename T, typename W, int kPack>
-void launch_looped(const Backward<T, W>& args, const VectorGrads<W>& grads, dim3 grid, const OnDevice& device) {
-  constexpr int64_t kScratch = Team<kBlock>::kSharedBytes;
-  const int64_t room = (device.shared_memory_limit() - kScratch) / static_cast<int64_t>(2 * sizeof(T));
-  constexpr int64_t kStep = kLargeBlock * kHeld<kPack>;
-  const int64_t kept = args.column_count <= room ? args.column_count : room / kStep * kStep;
-  launch(layer_norm_backward_looped<T, W, kPack>, grid, dim3(kLargeBlock), kScratch + 2 * kept * sizeof(T),
-         device.stream, args, kept);
+void launch_grad_input(const NormBackward<T, W>& args, dim3 grid, const OnDevice& device) {
+  Parts parts = parts_of(args.column_count, 2 * sizeof(T), device);
+  if constexpr (FASTFORMER_HAS_HOPPER) {
+    if (parts.blocks > 1) return launch_backward_clusters<T, W, kPack>(args, parts, device);
+  }
+  if (parts.kept == 0) parts.kept = kept_steps(2 * sizeof(T), kLargeBlock * kHeld<kPack>, device);
+  launch(layer_norm_backward_looped<T, W, kPack, kBlock>, grid, dim3(kLargeBlock),
+         Team<kBlock>::kSharedBytes + 2 * parts.kept * sizeof(T), device.stream, args, parts);
+}
+
+template <typename T, typename W, int kPack>
+void launch_looped(const NormBackward<T, W>& args, const VectorGrads<W>& grads, dim3 grid, const OnDevice& device) {
+  launch_grad_input<T, W, kPack>(args, grid, device);
   if (!grads.any()) return;
   // 128 bytes of a row side by side, or as many single elements as a warp has lanes.
   constexpr int kLanesAcross = kPack == 1 ? kWarp : 8;
@@ -318,7 +196,7 @@ void launch_looped(const Backward<T, W>& args, const VectorGrads<W>& grads, dim3
 }
 
 template <typename T, typename W, int kPack>
-void launch_backward(const Backward<T, W>& args, const VectorGrads<W>& grads, const Tensor& like,
+void launch_backward(const NormBackward<T, W>& args, const VectorGrads<W>& grads, const Tensor& like,
                      const OnDevice& device) {
   constexpr int kCount = kSummed<kPack, false>, kWideCount = kSummed<kPack, true>;
   for_team<kCount>(args.row_count, args.column_count, [&]<int kLanes, bool kLooped>(dim3 grid, dim3 block) {
@@ -384,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output
   const std::optional<Tensor> w = row_vector(weight, vector_type, widest, "weight");
   const Tensor row_mean = as_contiguous(mean), row_rstd = as_contiguous(rstd);
   for_dtypes(dtype, alike ? dtype : DType::float32, [&]<typename T, typename W>() {
-    const Backward<T, W> args{
+    const NormBackward<T, W> args{
         .grad_output = pointer<T>(grad_rows.tensor),
         .grad_summed = added_rows.has_value() ? pointer<T>(added_rows->tensor) : nullptr,
         .summed = pointer<T>(rows.tensor),

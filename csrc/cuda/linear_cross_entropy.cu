@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
         if (column + i == label) value -= at_label;
         pack.values[i] = from_float<T>(loss.keeps(label) ? grad * value : 0.0f);
       }
-      store(row + column, pack);
+      store_global(row + column, pack);
     }
   }
 }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kSmallBlock)
       }
       if (result == nullptr) store(total + i + j, sum);
     }
-    if (result != nullptr) store(result + i, rounded);
+    if (result != nullptr) store_global(result + i, rounded);
   }
 }
 

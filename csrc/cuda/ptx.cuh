@@ -83,10 +83,10 @@ FASTFORMER_DEVICE void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// st.v4: 16 bytes to global or shared memory. The compiler would part what was put together from halves: it makes four
-// stores of it, each of a part of every sector.
-FASTFORMER_DEVICE void store_words(void* to, const uint32_t (&words)[4]) {
-  asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+// st.global.v4: 16 bytes to global memory.
+FASTFORMER_DEVICE void store_global(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 

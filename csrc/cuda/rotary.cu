@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) rotate(const Rotation<T, Angle> args
   for (int64_t i = 2 * args.angles + threadIdx.x * kPack; i < args.head_dim; i += blockDim.x * kPack) {
     for (int64_t head = first_head; head < heads; head += head_step) {
       const Row<T> row = row_of(args, place, batch, position, head);
-      store<kPack>(row.to + i, load<kPack>(row.from + i));
+      store_global(row.to + i, load<kPack>(row.from + i));
     }
   }
 }

@@ -17,8 +17,16 @@ constexpr int kHeld = kPack == 1 ? 16 : 4 * kPack;
 // A team is the threads that share a row: kLanes neighbours in a warp, or the whole block. kLanes is then kBlock, or
 // kLargeBlock if the block has that size always: so that places a whole number of teams apart cost one address.
 constexpr int kBlock = 0;
+constexpr int kCluster = -1;      // all blocks of a cluster, each of which has a part of the row: rows_hopper.cuh
 constexpr int kSmallBlock = 128;  // threads of a block of several teams
 constexpr int kLargeBlock = 512;  // at most, of a block that is one: 1024 would have 64 registers each, too few
+
+// How blocks go over a row that is too wide for registers.
+struct Parts {
+  int blocks;       // that share it: 1, or those of a cluster
+  int64_t columns;  // of each one's part; the last one's may have fewer
+  int64_t kept;     // of a part's first columns: those that shared memory has room for
+};
 
 template <int kLanes>
 class Team {
@@ -26,6 +34,9 @@ class Team {
   static constexpr bool kIsBlock = kLanes == kBlock || kLanes == kLargeBlock;
   static constexpr int kThreads = kIsBlock ? kLargeBlock : kSmallBlock;  // of the block, at most
   static constexpr int kSharedBytes = kIsBlock ? 2 * kWarp * static_cast<int>(sizeof(float)) : 0;
+
+  Team() = default;
+  FASTFORMER_DEVICE explicit Team(const Parts&) {}  // of one block
 
   FASTFORMER_DEVICE int size() const { return kLanes == kBlock ? blockDim.x : kLanes; }
   FASTFORMER_DEVICE int rank() const { return kIsBlock ? threadIdx.x : threadIdx.x % kLanes; }
@@ -36,6 +47,10 @@ class Team {
       return static_cast<int64_t>(blockIdx.x) * (blockDim.x / kLanes) + threadIdx.x / kLanes;
     }
   }
+
+  FASTFORMER_DEVICE int first_column() const { return 0; }  // of the block's part of the row
+  // Whether this is the thread that stores what there is one of a row.
+  FASTFORMER_DEVICE bool is_first() const { return rank() == 0; }
 
   // This thread's columns, from where the team starts: packs of kPack neighbours, one a thread in turn.
   template <int kPack>
@@ -80,6 +95,9 @@ class Team {
   int turn_ = 0;
 };
 
+template <>
+class Team<kCluster>;
+
 // Calls apply(first, column) for each pack of a thread's columns before `columns`: `first` is the place of its first
 // element among the kCount that the thread holds.
 template <int kPack, int kCount, int kLanes, typename Apply>
@@ -103,19 +121,46 @@ FASTFORMER_DEVICE void load_row(T (&values)[kCount], const T* row, int columns, 
   });
 }
 
-// V: T, or float, which is rounded.
+// To global memory. The compiler makes up to eight stores of one whose parts it has put together: each has a part of
+// every sector that 16 bytes a thread fill.
+template <int kCount, typename T>
+FASTFORMER_DEVICE void store_global(T* to, const Pack<T, kCount>& pack) {
+#ifndef FASTFORMER_SIMT
+  if constexpr (sizeof(pack) == 16) {
+    struct Words {
+      uint32_t values[4];
+    };
+    return ptx::store_global(to, __builtin_bit_cast(Words, pack).values);
+  }
+#endif
+  store(to, pack);
+}
+
+template <int kPack, typename T, int kCount>
+FASTFORMER_DEVICE Pack<T, kPack> pack_at(const T (&values)[kCount], int first) {
+  Pack<T, kPack> pack;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) pack.values[i] = values[first + i];
+  return pack;
+}
+
+// To global memory. V: T, or float, which is rounded.
 template <int kPack, typename T, typename V, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_row(T* row, const V (&values)[kCount], int columns, const Team<kLanes>& team) {
   for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
     if constexpr (__is_same(T, V)) {
-      Pack<T, kPack> pack;
-#pragma unroll
-      for (int i = 0; i < kPack; ++i) pack.values[i] = values[first + i];
-      store(row + column, pack);
+      store_global(row + column, pack_at<kPack>(values, first));
     } else {
-      store(row + column, round_to_pack<T, kPack>(&values[first]));
+      store_global(row + column, round_to_pack<T, kPack>(&values[first]));
     }
   });
+}
+
+// To shared memory.
+template <int kPack, typename T, int kCount, int kLanes>
+FASTFORMER_DEVICE void keep_row(T* kept, const T (&values)[kCount], int columns, const Team<kLanes>& team) {
+  for_packs<kPack, kCount>(team, columns,
+                           [&](int first, int column) { store(kept + column, pack_at<kPack>(values, first)); });
 }
 
 // kCount neighbours as float, in as few accesses as there can be if `from` is kAligned to all their bytes, or to 16.
@@ -134,7 +179,12 @@ FASTFORMER_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
   constexpr int kMost = kAligned ? kWidest<T> : 1, kPack = kCount < kMost ? kCount : kMost;
 #pragma unroll
   for (int i = 0; i < kCount; i += kPack) {
-    store(to + i, round_to_pack<T, kPack>(&from[i]));
+    const Pack<T, kPack> pack = round_to_pack<T, kPack>(&from[i]);
+    if constexpr (sizeof(T) == 2) {
+      store_global(to + i, pack);
+    } else {
+      store(to + i, pack);
+    }
   }
 }
 
@@ -142,6 +192,8 @@ FASTFORMER_DEVICE void store_floats(T* to, const float (&from)[kCount]) {
 FASTFORMER_DEVICE int at_most(int step, int64_t left) {
   return left < 0 ? 0 : static_cast<int>(left < step ? left : step);
 }
+
+FASTFORMER_DEVICE int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // exp(score - peak), twice as cheap as expf. The difference is taken first: its rounding is what counts for huge ones.
 FASTFORMER_DEVICE float exp_below(float score, float peak) {
@@ -196,6 +248,29 @@ void for_team(int64_t rows, int64_t columns, Body&& body) {
   } else {
     body.template operator()<kBlock, true>(grid(1), dim3(kLargeBlock));
   }
+}
+
+// A cluster's blocks, at most: more the hardware does not promise.
+constexpr int kMostBlocks = 8;
+// Shared memory for the cluster's sums and maxima, beside those of the block.
+constexpr int kClusterSharedBytes = Team<kBlock>::kSharedBytes + 2 * kMostBlocks * static_cast<int>(sizeof(float));
+
+// Where rows are kept that take `column_bytes` of shared memory a column: in one block if it has room for them, else,
+// on Hopper, in the fewest blocks of a cluster that have, else nowhere. Parts are multiples of 64 columns, so that
+// those of aligned rows start at a whole line of 128 bytes. Smaller parts, of which two fit on a multiprocessor, may be
+// better: one's stores would overlap the other's loads. No measurement yet says so.
+inline Parts parts_of(int64_t columns, int64_t column_bytes, const OnDevice& device) {
+  const auto fit = [&](int64_t part, int64_t scratch) {
+    return scratch + part * column_bytes <= device.shared_memory_limit();
+  };
+  if (fit(columns, Team<kBlock>::kSharedBytes)) return {1, columns, columns};
+  if (FASTFORMER_HAS_HOPPER && device.is_hopper()) {
+    for (int blocks = 2; blocks <= kMostBlocks; blocks *= 2) {
+      const int64_t part = ceil_div(columns, blocks * 64) * 64;
+      if (fit(part, kClusterSharedBytes)) return {blocks, part, part};
+    }
+  }
+  return {1, columns, 0};
 }
 
 }  // namespace fastformer::cuda
