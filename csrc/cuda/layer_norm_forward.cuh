@@ -86,7 +86,11 @@ FASTFORMER_DEVICE void store_normed(const NormForward<T, W>& args, const T (&val
     for (int i = 0; i < kPack; ++i) {
       pack.values[i] = from_float<T>((to_float(values[first + i]) - mean) * rstd * weight[i] + bias[i]);
     }
-    store_global(output + column, pack);
+    if constexpr (sizeof(T) == 2 || kLanes <= kBlock) {
+      store_global(output + column, pack);
+    } else {  // one access as it is, and in the registers there are
+      store(output + column, pack);
+    }
   });
 }
 

@@ -148,7 +148,9 @@ FASTFORMER_DEVICE Pack<T, kPack> pack_at(const T (&values)[kCount], int first) {
 template <int kPack, typename T, typename V, int kCount, int kLanes>
 FASTFORMER_DEVICE void store_row(T* row, const V (&values)[kCount], int columns, const Team<kLanes>& team) {
   for_packs<kPack, kCount>(team, columns, [&](int first, int column) {
-    if constexpr (__is_same(T, V)) {
+    if constexpr (__is_same(T, float)) {  // one access as it is, and in the registers there are
+      store(row + column, pack_at<kPack>(values, first));
+    } else if constexpr (__is_same(T, V)) {
       store_global(row + column, pack_at<kPack>(values, first));
     } else {
       store_global(row + column, round_to_pack<T, kPack>(&values[first]));
