@@ -52,6 +52,7 @@ PYTEST = (PYTHON, "-m", "pytest", "-vv", "-rfE", "--tb=short", "--durations=10",
 KERNEL_TESTS = (
     "test_attention_hopper.py",
     "test_feed_forward_hopper.py",
+    "test_rows_hopper.py",
     "test_attention.py",
     "test_feed_forward.py",
     "test_decoding.py",

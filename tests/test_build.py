@@ -220,6 +220,26 @@ def planned(setup: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return (folder / "build" / "ninja" / "build.ninja").read_text(), ninja
 
 
+OF_HOPPER = ["arch=compute_90a,code=sm_90a", "arch=compute_90a,code=compute_90a"]
+
+
+def architectures_of(source: Path, plan: str) -> list[str]:
+    """What build.ninja has a file of csrc/cuda compiled for; nothing if it leaves it out."""
+    found = re.search(rf"build cuda/{source.stem}.o: nvcc {source}\n  architectures = (.*)", plan)
+    return re.findall("-gencode=(\\S+)", found[1]) if found else []
+
+
+def test_without_hopper_in_the_list_its_kernels_are_left_out(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", "12.8")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    text, _ = planned(setup, tmp_path, monkeypatch)
+    assert "FASTFORMER_SM90A" not in text
+    assert "_hopper.cu" not in text
+    assert architectures_of(ROOT / "csrc" / "cuda" / "softmax.cu", text)
+
+
 def test_the_environment_says_what_is_built(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", "12.8")))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.9;9.0a+PTX")
@@ -228,15 +248,12 @@ def test_the_environment_says_what_is_built(setup: ModuleType, tmp_path: Path, m
     text, ninja = planned(setup, tmp_path, monkeypatch)
     assert ninja[-2:] == ["-j", "5"]
     (command,) = (line for line in text.splitlines() if "cuda/bin/nvcc" in line and " -c " in line)
-    assert re.findall("-gencode=(\\S+)", command) == [
-        "arch=compute_80,code=sm_80",
-        "arch=compute_89,code=sm_89",
-        "arch=compute_90a,code=sm_90a",
-        "arch=compute_90a,code=compute_90a",
-    ]
     assert "--threads 3" in command
+    assert "-DFASTFORMER_SM90A" in command
+    chosen = ["arch=compute_80,code=sm_80", "arch=compute_89,code=sm_89", *OF_HOPPER]
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
-        assert f"cuda/{source.stem}.o: nvcc {source}" in text
+        expected = OF_HOPPER[:1] if source.stem.endswith("_hopper") else chosen
+        assert architectures_of(source, text) == expected, source
 
     stale = tmp_path / "out" / "fastformer" / "lib" / "libfastformer_cuda.so"
     stale.touch()

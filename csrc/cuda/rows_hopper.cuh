@@ -37,6 +37,7 @@ class Team<kCluster> : public Team<kBlock> {
     if (rank() < blocks_) ptx::of_block(each_block, rank())[part_] = x;
     ptx::cluster_sync();
     x = each_block[0];
+#pragma unroll 1
     for (int i = 1; i < blocks_; ++i) x = combine(x, each_block[i]);
     return x;
   }
