@@ -174,6 +174,7 @@ FASTFORMER_DEVICE void attend(const Attention& a, const HopperMaps& maps, const 
       ring.release(place);
       place.advance();
     }
+    __syncwarp();  // without keys, lanes may still wait for the queries that are there: not for the next ones
     if (!Tile::kOutputOverQueries && lane_of() == 0) ptx::mbarrier_arrive(&barriers.query_empty);
 
     reduce_lanes(total, [](float x, float y) { return x + y; });
