@@ -78,27 +78,33 @@ def test_a_step_of_a_matrix_product_on_hopper_has_the_instructions_counted_by_ha
     kernels = cuda_resources.instructions("gemm_hopper_kernel", "sm_90a")
     assert len(kernels) == 16
     for name, code in kernels.items():
-        # 64 of the depth are four times 16; an instruction is for a warpgroup's 64 rows and 256 columns, in one loop.
-        products = [i for i, line in enumerate(code) if "HGMMA.64x256x16.F32" in line]
+        # 64 of the depth are four times 16; an instruction is for a warpgroup's 64 rows and 192 columns, in one loop.
+        products = [i for i, line in enumerate(code) if "HGMMA.64x192x16.F32" in line]
         assert len(products) == sum("HGMMA" in line for line in code) == 4, name
-        # Between them nothing else names the 128 registers of the sums.
+        # Between them nothing else names the 96 registers of the sums.
         sums = re.search(r"\bR(\d+)", code[products[0]])
         assert sums is not None
         first = int(sums[1])
         between = [line for line in code[products[0] : products[-1]] if "HGMMA" not in line]
         named = {int(number) for line in between for number in re.findall(r"\bR(\d+)", line)}
-        assert named.isdisjoint(range(first, first + 128)), name
+        assert named.isdisjoint(range(first, first + 96)), name
         # Each warpgroup's rows of a are a box; all columns of b too, or there is one for each panel of 64, or factor.
         kind = re.search(r"<\w+, \(TileRows\)\d, \(TileRows\)(\d), (\w+)<\w+, (\w+)>", name)
         assert kind is not None
-        boxes_of_b = 4 if kind[1] == "1" else 2 if (kind[2], kind[3]) == ("Activate", "true") else 1
+        boxes_of_b = 3 if kind[1] == "1" else 2 if (kind[2], kind[3]) == ("Activate", "true") else 1
         assert sum("UTMALDG" in line for line in code) == 2 + boxes_of_b, name
-        # No waits but the source's, and nothing called for a division; results leave 16 bytes at a time, but for sums.
-        assert sum("WARPGROUP.DEPBAR" in line for line in code) == 2, name
+        # No waits but the source's. The tile before leaves between a step's products and the wait for the step before;
+        # the last one after all.
+        waits = [i for i, line in enumerate(code) if "WARPGROUP.DEPBAR" in line]
+        assert len(waits) == 2, name
+        stores = [i for i, line in enumerate(code) if "STG.E.128" in line]
+        assert any(products[-1] < i < waits[0] for i in stores) and any(i > waits[1] for i in stores), name
+        assert not any(waits[0] < i < waits[1] for i in stores), name
+        # Nothing is called for a division; results leave 16 bytes at a time, but for sums.
         assert sum("USETMAXREG" in line for line in code) == 2, name
         assert not any("CALL" in line for line in code), name
         narrow = [line for line in code if "STG.E" in line and "STG.E.128" not in line]
-        assert len(narrow) == (kind[2] == "Derive"), name
+        assert len(narrow) == 2 * (kind[2] == "Derive"), name
 
 
 @needs_cuda_library

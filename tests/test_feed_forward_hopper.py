@@ -76,7 +76,7 @@ def launches(run: Callable[[], object]) -> int:
 
 SMALL = [
     ((65, 136, 136, 136), "silu", 1),  # one block for all tiles, of which little more than half is filled
-    ((128, 256, 256, 256), "gelu_tanh", 2),  # whole tiles and steps
+    ((128, 192, 192, 192), "gelu_tanh", 2),  # whole tiles and steps
     ((130, 200, 264, 136), "gelu", 3),  # tiles are no multiple of the blocks
     ((300, 136, 200, 264), "relu", 4),
 ]
@@ -101,11 +101,12 @@ def test_edges_of_tiles(
     ("sizes", "gated", "multiprocessors", "splits"),  # splits: products whose depth is in parts
     [
         ((70, 2056, 136, 136), False, 2, 1),  # the first
-        ((70, 2056, 128, 136), True, 2, 1),
+        ((70, 2056, 104, 136), True, 4, 1),
         ((70, 136, 136, 2056), False, 2, 1),  # the gradient by the activated values, with sums over its columns
         ((70, 136, 136, 2056), True, 2, 1),
         ((70, 136, 1544, 136), True, 3, 1),  # input's gradient: the second of three parts is of both weights
         ((70, 136, 2056, 136), True, 4, 2),  # the same of four parts, and the second
+        ((70, 136, 2048, 136), True, 4, 2),  # the second part ends where the first weight does
         ((2056, 136, 136, 136), False, 4, 2),  # the weights' gradients
         ((2056, 136, 136, 136), True, 6, 2),
     ],
@@ -214,9 +215,9 @@ def test_all_products_of_both_passes_are_hoppers(target: Target, set_device: Set
         ((70, 136, 136, 8), {"compute_capability": 100}, False),
         ((70, 136, 136, 8), {"kilobytes": 163}, False),
         ((64, 136, 136, 8), {}, False),  # half of a tile's rows
-        ((70, 136, 128, 8), {}, False),  # half of its columns
-        ((70, 136, 128, 8), {"gated": True}, True),  # of each of two products
-        ((70, 136, 64, 8), {"gated": True}, False),
+        ((70, 136, 96, 8), {}, False),  # half of its columns
+        ((70, 136, 96, 8), {"gated": True}, True),  # of each of two products
+        ((70, 136, 48, 8), {"gated": True}, False),
         ((70, 136, 136, 8), {"multiprocessors": 2}, True),
         ((70, 136, 136, 8), {"multiprocessors": 3}, False),  # more than twice the tiles
         ((70, 2048, 136, 8), {"multiprocessors": 3}, True),  # two parts

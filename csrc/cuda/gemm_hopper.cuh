@@ -1,5 +1,5 @@
 // The matrix product as a kernel for Hopper, in files for sm_90a: wgmma on tiles that TMA brings. Blocks are
-// persistent; while their consumers are at the epilogue of a tile, the next one's operands come.
+// persistent, and the epilogue of a tile runs while the tensor cores multiply the next one.
 #pragma once
 
 #include "gemm_hopper.h"
@@ -40,15 +40,16 @@ struct HopperOperandTile {
   }
 };
 
-// What is staged for the epilogue: 16 rows of a warp by 64 columns of its sums, as float. Within each 32 columns chunks
-// are swapped by the row, and the halves of a chunk, so that neither kind of access meets a bank twice.
+// What is staged for the epilogue: 16 rows of a warp by 64 columns of its sums, as float. The gaps after 32 columns,
+// 64, and 4 rows keep all accesses from meeting a bank twice: pairs at the places of an accumulator, and fours by lanes
+// that are 8 columns apart, of one row, or of two that are 4 rows apart.
 struct HopperGemmStaged {
   float* data;
 
-  FASTFORMER_DEVICE float* at(int row, int column) const {
-    const int swap = row % 4 * kChunk + (row + column / 32) % 2 * 4;
-    return data + row * HopperGemmTile::kStagedColumns + (column ^ swap);
+  FASTFORMER_DEVICE static constexpr int place(int row, int column) {
+    return row * HopperGemmTile::kStagedStride + row / 4 % 2 * 4 + column + column / 32 * 4;
   }
+  FASTFORMER_DEVICE float* at(int row, int column) const { return data + place(row, column); }
 };
 
 template <typename T, TileRows kRowsOfA, TileRows kRowsOfB>
@@ -124,12 +125,166 @@ FASTFORMER_DEVICE void load_operands(const HopperGemmMaps& maps, const HopperGem
   });
 }
 
+// What becomes of a tile's sums: the epilogue's results, or parts of sums. A warp delivers its 16 rows in passes, each
+// 8 columns a lane, which it makes between the steps of the next tile's products: while those run on the tensor cores,
+// in accumulators of their own. The columns come in turns, which are staged together.
+template <typename Shared, typename Epilogue>
+class HopperGemmDelivery {
+ public:
+  static constexpr int kSums = Epilogue::kSums;
+  static constexpr int kColumns = HopperGemmTile::kStagedColumns / kSums;  // of a turn, of each product
+  static constexpr int kChunks = kColumns / kChunk, kRowsAtOnce = kWarp / kChunks;
+  static constexpr int kTurnPasses = HopperGemmTile::kStagedRows / kRowsAtOnce;
+  static constexpr int kTurns = HopperGemmTile::kColumns / kSums / kColumns, kPasses = kTurns * kTurnPasses;
+  using Sums = Accumulator<1, HopperGemmTile::kColumns / 8>;
+
+  FASTFORMER_DEVICE HopperGemmDelivery(const HopperGemmShape& shape, float* parts, float* column_sums,
+                                       const Epilogue& epilogue)
+      : shape_(shape), parts_(parts), column_sums_(column_sums), epilogue_(epilogue) {}
+
+  FASTFORMER_DEVICE bool is_done() const { return pass_ == kPasses; }
+
+  // Takes over a tile's sums. The first turn is staged at once: its registers are enough for what a pass needs.
+  FASTFORMER_DEVICE void begin(const Sums& sums, const HopperGemmWork& work) {
+    TurnSums first;
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+#pragma unroll
+      for (int i = 0; i < kTurnTiles; ++i) {
+        const int tile = i / kTiles * (Sums::kColumnTiles / kSums) + turn * kTiles + i % kTiles;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) (turn == 0 ? first : kept_[turn - 1])[i][j] = sums.values[0][tile][j];
+      }
+    }
+    stage(first);
+    pass_ = 0;
+    part_ = work.part;
+    row_ = work.row + threadIdx.x / kWarp * HopperGemmTile::kStagedRows + lane_row();
+    column_ = work.column / kSums + lane_of() % kChunks * kChunk;
+    load_next();
+  }
+
+  // Makes a pass; all lanes of the group call it, unless it is done.
+  FASTFORMER_DEVICE void advance() {
+#pragma unroll
+    for (int turn = 1; turn < kTurns; ++turn) {
+      if (pass_ == turn * kTurnPasses) stage(kept_[turn - 1]);  // of registers none can be chosen by a variable
+    }
+    if (exists()) deliver();
+    ++pass_;
+    row_ += kRowsAtOnce;
+    if (pass_ % kTurnPasses == 0) {
+      row_ -= HopperGemmTile::kStagedRows;
+      if constexpr (Epilogue::kSumsColumns) end_turn();
+      column_ += kColumns;
+    }
+    load_next();
+  }
+
+ private:
+  using Loaded = decltype(std::declval<const Epilogue&>().load(0, 0));
+  struct Words {  // whole registers: elements of 16 bits would be taken apart from pass to pass
+    uint32_t values[sizeof(Loaded) / 4];
+  };
+
+  FASTFORMER_DEVICE bool exists() const { return pass_ < kPasses && row_ < shape_.rows && column_ < shape_.columns; }
+  FASTFORMER_DEVICE void load_next() {
+    if (parts_ == nullptr && exists()) next_ = __builtin_bit_cast(Words, epilogue_.load(row_, column_));
+  }
+  // Of the rows of a pass, the lane's.
+  FASTFORMER_DEVICE static int lane_row() { return kSums == 1 ? lane_of() / 8 : lane_of() / 8 + lane_of() / 4 % 2 * 4; }
+  FASTFORMER_DEVICE static HopperGemmStaged staged() { return Shared::staged(threadIdx.x / kWarp); }
+
+  static constexpr int kTiles = kColumns / 8, kTurnTiles = kSums * kTiles;  // of the accumulator, in a turn
+  using TurnSums = float[kTurnTiles][4];
+
+  FASTFORMER_DEVICE static void stage(const TurnSums& sums) {
+    float* mine = staged().at(lane_of() / 4, lane_of() % 4 * 2);
+    __syncwarp();  // the turn before has been read
+#pragma unroll
+    for (int i = 0; i < kTurnTiles; ++i) {
+      float* to = mine + HopperGemmStaged::place(0, i * 8);
+      store(to, Pack<float, 2>{sums[i][0], sums[i][1]});
+      store(to + HopperGemmStaged::place(8, 0), Pack<float, 2>{sums[i][2], sums[i][3]});
+    }
+    __syncwarp();
+  }
+
+  FASTFORMER_DEVICE void deliver() {
+    const int staged_row = lane_row() + pass_ % kTurnPasses * kRowsAtOnce;
+    const int staged_column = lane_of() % kChunks * kChunk;
+    float values[kSums][kChunk], mine[kChunk];
+#pragma unroll
+    for (float& x : mine) x = -0.0f;  // what is added to it stays as it is, and in its registers
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int from = 0; from < kChunk; from += 4) {
+        const auto half = load<4>(staged().at(staged_row, k * kColumns + staged_column + from));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[k][from + j] = half.values[j];
+      }
+    }
+    if (parts_ == nullptr) {
+      epilogue_(row_, column_, values, __builtin_bit_cast(Loaded, next_), mine);
+      if constexpr (Epilogue::kSumsColumns) {  // they take the place of the sums
+#pragma unroll
+        for (int from = 0; from < kChunk; from += 4) {
+          store(staged().at(staged_row, staged_column + from),
+                Pack<float, 4>{mine[from], mine[from + 1], mine[from + 2], mine[from + 3]});
+        }
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int64_t to = ((int64_t{part_} * kSums + i) * shape_.rows + row_) * shape_.columns + column_;
+      store_floats<true>(parts_ + to, values[i]);
+    }
+  }
+
+  // Adds up what the epilogue has for the columns of a turn, over the group's rows.
+  FASTFORMER_DEVICE void end_turn() {
+    if (column_sums_ == nullptr) return;
+    const int group = threadIdx.x / kWarpgroup, rank = threadIdx.x % kWarpgroup;
+    const int rows = shape_.rows - (row_ - lane_row());
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kColumns; i += kWarp) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int row = 0; row < HopperGemmTile::kStagedRows; ++row) {
+        if (row < rows) sum += *staged().at(row, i + lane_of());
+      }
+      Shared::column_sums(threadIdx.x / kWarp)[i + lane_of()] = sum;
+    }
+    ptx::barrier_sync(1 + group, kWarpgroup);
+    const int first_row = row_ - row_ % HopperGemmTile::kGroupRows;
+    const int column = column_ - lane_of() % kChunks * kChunk + rank;
+    if (rank < kColumns && first_row < shape_.rows && column < shape_.columns) {
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kWarpgroup / kWarp; ++i) total += Shared::column_sums(group * kWarpgroup / kWarp + i)[rank];
+      column_sums_[int64_t{first_row / HopperGemmTile::kGroupRows} * shape_.columns + column] = total;
+    }
+    ptx::barrier_sync(1 + group, kWarpgroup);  // they have been read
+  }
+
+  const HopperGemmShape& shape_;
+  float *parts_, *column_sums_;
+  const Epilogue& epilogue_;
+  TurnSums kept_[kTurns - 1];                 // of all turns but the first
+  int pass_ = kPasses, part_, row_, column_;  // the next pass, and the lane's place in c
+  Words next_;                                // what the epilogue loads for it
+};
+
 // sums = a b over the steps, for the group's rows; all its threads call it. One step's products are under way while the
-// next step's begin.
-template <typename Shared, typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Sums>
-FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place& place, int group, int steps) {
+// next step's begin, and while `delivery` makes its passes.
+template <typename Shared, typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Sums, typename Delivery>
+FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place& place, int steps,
+                                      Delivery& delivery) {
+  const int group = threadIdx.x / kWarpgroup, passes = (Delivery::kPasses + steps - 1) / steps;  // of a step
   auto& ring = Shared::ring();
-  auto last = place;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     ring.wait_full(place);
@@ -143,110 +298,22 @@ FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place
           step > 0 || depth > 0);
     }
     ptx::wgmma_commit();
+#pragma unroll 1
+    for (int i = 0; i < passes && !delivery.is_done(); ++i) delivery.advance();
     ptx::wgmma_wait<1>(sums.values[0]);
-    if (step > 0) ring.release(last);
-    last = place;
+    if (step > 0) ring.release(place.before());
     place.advance();
   }
   ptx::wgmma_wait<0>(sums.values[0]);
-  ring.release(last);
-}
-
-// Calls apply(row, column, values, loaded) as deliver() does (gemm.cuh), for the warp's 16 rows of c from first_row on,
-// where `loaded` is what load() returned kAhead calls earlier. The columns come in turns, which are staged together;
-// after each all lanes call end_turn(the first of its columns).
-template <int kSums, typename Sums, typename Load, typename Apply, typename EndTurn>
-FASTFORMER_DEVICE void deliver_rows(const Sums& sums, const HopperGemmStaged& staged, int first_row, int first_column,
-                                    int rows, int columns, Load load_for, Apply apply, EndTurn end_turn) {
-  constexpr int kColumns = HopperGemmTile::kStagedColumns / kSums, kTiles = kColumns / 8;  // of a turn, of each product
-  constexpr int kTurns = Sums::kColumnTiles / kSums / kTiles;
-  constexpr int kChunks = kColumns / kChunk, kRowsAtOnce = kWarp / kChunks;
-  using Loaded = decltype(load_for(first_row, first_column));
-  constexpr int kPasses = HopperGemmTile::kStagedRows / kRowsAtOnce;  // of a turn
-  constexpr int kAhead = 32 / sizeof(Loaded);                         // 8 registers, of those that the sums leave
-  static_assert(kPasses % kAhead == 0);
-  const int lane = lane_of(), my_row = lane / kChunks, my_column = lane % kChunks * kChunk;
-  const auto row_of = [&](int pass) { return first_row + my_row + pass % kPasses * kRowsAtOnce; };
-  const auto column_of = [&](int pass) { return first_column + my_column + pass / kPasses * kColumns; };
-  const auto exists = [&](int pass) {
-    return pass < kTurns * kPasses && row_of(pass) < rows && column_of(pass) < columns;
-  };
-  struct Words {  // whole registers: elements of 16 bits would be taken apart from pass to pass
-    uint32_t values[sizeof(Loaded) / 4];
-  };
-  const auto load_words = [&](int pass) { return __builtin_bit_cast(Words, load_for(row_of(pass), column_of(pass))); };
-  Words next[kAhead]{};
-#pragma unroll
-  for (int i = 0; i < kAhead; ++i) {
-    if (exists(i)) next[i] = load_words(i);
-  }
-#pragma unroll 1
-  for (int turn = 0; turn < kTurns; ++turn) {
-    __syncwarp();  // the turn before has been read
-#pragma unroll
-    for (int each = 0; each < kTurns; ++each) {
-      if (each != turn) continue;  // of registers none can be chosen by a variable
-#pragma unroll
-      for (int i = 0; i < kSums * kTiles; ++i) {
-        const int tile = i / kTiles * (Sums::kColumnTiles / kSums) + each * kTiles + i % kTiles;
-        const float (&value)[4] = sums.values[0][tile];
-        const int to = i * 8 + lane % 4 * 2;
-        store(staged.at(lane / 4, to), Pack<float, 2>{value[0], value[1]});
-        store(staged.at(lane / 4 + 8, to), Pack<float, 2>{value[2], value[3]});
-      }
-    }
-    __syncwarp();
-#pragma unroll 1
-    for (int first = turn * kPasses; first < (turn + 1) * kPasses; first += kAhead) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int pass = first + i;
-        const auto loaded = __builtin_bit_cast(Loaded, next[i]);
-        if (exists(pass + kAhead)) next[i] = load_words(pass + kAhead);
-        if (!exists(pass)) continue;
-        float values[kSums][kChunk];
-#pragma unroll
-        for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-          for (int from = 0; from < kChunk; from += 4) {
-            const int row = my_row + pass % kPasses * kRowsAtOnce;
-            const auto half = load<4>(staged.at(row, k * kColumns + my_column + from));
-#pragma unroll
-            for (int j = 0; j < 4; ++j) values[k][from + j] = half.values[j];
-          }
-        }
-        apply(row_of(pass), column_of(pass), values, loaded);
-      }
-    }
-    end_turn(first_column + turn * kColumns);
-  }
-}
-
-// Adds up what the lanes of a group have for the columns of a turn, of which `left` exist, and begins anew.
-template <typename Shared>
-FASTFORMER_DEVICE void store_column_sums(float* to, int left, float (&mine)[kChunk], int group) {
-  constexpr int kColumns = HopperGemmTile::kStagedColumns, kChunks = kColumns / kChunk;
-  const int lane = lane_of(), rank = threadIdx.x % kWarpgroup;
-  sum_over_rows<kChunks>(mine);
-  if (lane < kChunks) store_floats<true>(Shared::column_sums(threadIdx.x / kWarp) + lane * kChunk, mine);
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) mine[i] = 0.0f;
-  ptx::barrier_sync(1 + group, kWarpgroup);
-  if (rank < at_most(kColumns, left)) {
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWarpgroup / kWarp; ++i) total += Shared::column_sums(group * kWarpgroup / kWarp + i)[rank];
-    to[rank] = total;
-  }
-  ptx::barrier_sync(1 + group, kWarpgroup);  // they have been read
+  ring.release(place.before());
 }
 
 template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Epilogue>
 __global__ void __launch_bounds__(HopperGemmTile::kThreads)
-    gemm_hopper_kernel(const __grid_constant__ HopperGemmMaps maps, const HopperGemmShape shape,
+    gemm_hopper_kernel(const __grid_constant__ HopperGemmMaps maps, const __grid_constant__ HopperGemmShape shape,
                        float* parts,        // as gemm_kernel has them
                        float* column_sums,  // [groups of 64 rows, columns]: the epilogue's; or null
-                       const Epilogue epilogue) {
+                       const __grid_constant__ Epilogue epilogue) {
   using Tile = HopperGemmTile;
   using Shared = HopperGemmShared<T, kRowsOfA, kRowsOfB>;
   constexpr int kSums = Epilogue::kSums;
@@ -255,42 +322,22 @@ __global__ void __launch_bounds__(HopperGemmTile::kThreads)
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int group = threadIdx.x / kWarpgroup, warp = threadIdx.x / kWarp;
-  if (group == Tile::kGroups) {
+  if (threadIdx.x / kWarpgroup == Tile::kGroups) {
     ptx::fewer_registers<Tile::kLoadingRegisters>();
     if (threadIdx.x % kWarpgroup == 0) load_operands<T, kRowsOfA, kRowsOfB, kSums>(maps, shape);
     return;
   }
   ptx::more_registers<Tile::kRegisters>();
+  HopperGemmDelivery<Shared, Epilogue> delivery(shape, parts, column_sums, epilogue);
   Accumulator<1, Tile::kColumns / 8> sums;
   sums.fill(0.0f);
-  const HopperGemmStaged staged = Shared::staged(warp);
   typename Shared::Stages::Place stage;
   for_work<kSums>(shape, [&](const HopperGemmWork& work) {
-    multiply_steps<Shared, T, kRowsOfA, kRowsOfB>(sums, stage, group, work.end - work.begin);
-    using Loaded = decltype(epilogue.load(0, 0));
-    float mine[kChunk] = {};
-    const int group_row = work.row + group * Tile::kGroupRows;
-    deliver_rows<kSums>(
-        sums, staged, group_row + warp % 4 * HopperGemmTile::kStagedRows, work.column / kSums, shape.rows,
-        shape.columns, [&](int row, int column) { return parts == nullptr ? epilogue.load(row, column) : Loaded{}; },
-        [&](int row, int column, float (&values)[kSums][kChunk], const Loaded& loaded) {
-          if (parts == nullptr) return epilogue(row, column, values, loaded, mine);
-#pragma unroll
-          for (int i = 0; i < kSums; ++i) {
-            const int64_t to = ((int64_t{work.part} * kSums + i) * shape.rows + row) * shape.columns + column;
-            store_floats<true>(parts + to, values[i]);
-          }
-        },
-        [&](int first_column) {
-          if constexpr (Epilogue::kSumsColumns) {
-            if (column_sums == nullptr) return;
-            const int left = group_row < shape.rows ? shape.columns - first_column : 0;
-            float* to = column_sums + int64_t{group_row / Tile::kGroupRows} * shape.columns + first_column;
-            store_column_sums<Shared>(to, left, mine, group);
-          }
-        });
+    multiply_steps<Shared, T, kRowsOfA, kRowsOfB>(sums, stage, work.end - work.begin, delivery);
+    delivery.begin(sums, work);
   });
+#pragma unroll 1
+  while (!delivery.is_done()) delivery.advance();
 }
 
 // --- launcher

@@ -261,6 +261,9 @@ FASTFORMER_DEVICE void wgmma(float (&d)[kTiles][4], uint64_t of_a, uint64_t of_b
   } else if constexpr (kTiles == 16) {
     FASTFORMER_BOTH_TYPES(128, FASTFORMER_OPERANDS_0 ", " FASTFORMER_OPERANDS_1, 64, 65, 66, 67, 68,
                           FASTFORMER_TILES_8(d, 0), FASTFORMER_TILES_8(d, 8))
+  } else if constexpr (kTiles == 24) {
+    FASTFORMER_BOTH_TYPES(192, FASTFORMER_OPERANDS_0 ", " FASTFORMER_OPERANDS_1 ", " FASTFORMER_OPERANDS_2, 96, 97, 98,
+                          99, 100, FASTFORMER_TILES_8(d, 0), FASTFORMER_TILES_8(d, 8), FASTFORMER_TILES_8(d, 16))
   } else {
     static_assert(kTiles == 32);
     FASTFORMER_BOTH_TYPES(

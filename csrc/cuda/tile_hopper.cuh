@@ -50,6 +50,8 @@ struct RingPlace {
       parity ^= 1;
     }
   }
+  // To release what one was at before; that says nothing of the parity.
+  FASTFORMER_DEVICE RingPlace before() const { return {stage == 0 ? kStages - 1 : stage - 1, 0}; }
 };
 
 // The mbarriers of a ring. A producer waits until a stage is empty, and has TMA fill it; consumers wait until it is
