@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
 os.environ["FASTFORMER_TUNING"] = "off"  # the user's own tables choose kernels for their programs, not for tests
 
 import pytest
+import simt
 from hypothesis import register_random, settings
 from simt.every_kernel import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown  # noqa: F401
 from support import needs_library
@@ -61,6 +63,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Asked for during the test; auto leaves small tensors to torch."""
     with fastformer.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def hopper() -> Iterator[ModuleType]:
+    """The emulator as an H100."""
+    module = simt.load()
+    module.set_device(shared_bytes=227 * 1024, compute_capability=90)
+    yield module
+    module.set_seed(None)
+    module.set_device()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -218,6 +218,23 @@ class Planted:
         return self.name
 
 
+def expect_report(emulator: ModuleType, bug: Planted, kernel: Callable[[ModuleType, str], object]) -> None:
+    """Runs the kernel with the bug."""
+    with pytest.raises(RuntimeError, match=f"  {bug.kind}: "):
+        kernel(emulator, bug.name)
+    found = [
+        finding
+        for finding in emulator.findings()
+        if finding.kind == bug.kind and finding.thread == bug.thread and line(bug.place) in finding.lines
+    ]
+    assert found, emulator.findings()
+    assert found[0].block == bug.block
+    assert found[0].other_thread == bug.other_thread
+    assert bug.address in found[0].address
+    if bug.other_place:
+        assert line(bug.other_place) in found[0].other_lines
+
+
 SUM_PARTIALS = "block_sum.cu: partial[thread] += partial[thread + half]"
 CP_ASYNC = "copy_reversed.cu: ptx::cp_async<16>("
 READ_TILE = "copy_reversed.cu: = buffer[width - 1 - i]"
@@ -325,20 +342,7 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_planted_bug_is_found_on_the_ordered_schedule(emulator: ModuleType, bug: Planted) -> None:
-    kernel = getattr(Runs, bug.name.split(":")[0], Runs.accesses)
-    with pytest.raises(RuntimeError, match=f"  {bug.kind}: "):
-        kernel(emulator, bug.name)
-    found = [
-        finding
-        for finding in emulator.findings()
-        if finding.kind == bug.kind and finding.thread == bug.thread and line(bug.place) in finding.lines
-    ]
-    assert found, emulator.findings()
-    assert found[0].block == bug.block
-    assert found[0].other_thread == bug.other_thread
-    assert bug.address in found[0].address
-    if bug.other_place:
-        assert line(bug.other_place) in found[0].other_lines
+    expect_report(emulator, bug, getattr(Runs, bug.name.split(":")[0], Runs.accesses))
 
 
 def test_ldmatrix_reads_for_lanes_that_did_not_name_the_row(emulator: ModuleType) -> None:

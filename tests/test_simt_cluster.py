@@ -5,7 +5,6 @@ The kernels are those of tests/simt/kernels/cluster*.cu; "kernel: bug" is the ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 from random import Random
 from types import ModuleType
@@ -13,20 +12,11 @@ from types import ModuleType
 import pytest
 import simt
 import torch
-from test_simt import SEEDS, Planted, line, run
+from test_simt import SEEDS, Planted, expect_report, line, run
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="needs a C++ compiler")
 
 CLUSTERS, ROWS, WIDTH, THREADS = 2, 3, 80, 64
-
-
-@pytest.fixture
-def hopper() -> Iterator[ModuleType]:
-    module = simt.load()
-    module.set_device(shared_bytes=227 * 1024, compute_capability=90)
-    yield module
-    module.set_seed(None)
-    module.set_device()
 
 
 def normalise(
@@ -108,7 +98,6 @@ BUGS = [
     Planted("cluster: half warps", "divergence", 16, FIRST, 0, "cluster.cu: // of half a warp"),
     Planted("cluster: not all", "deadlock", 31, "cluster.cu: // of one warp", block=1),
     Planted("cluster: copies to peer", "bad call", 0, "cluster.cu: ptx::cp_async<4>"),
-    Planted("cluster: mbarrier", "bad call", 0, "cluster.cu: ptx::mbarrier_init"),
     Planted(
         "cluster read: too late", "block not running", 0, READ_SECOND, address="shared + 0 (of 256 bytes) of block 1 "
     ),
@@ -120,19 +109,7 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_planted_bug_is_found_on_the_ordered_schedule(hopper: ModuleType, bug: Planted) -> None:
-    with pytest.raises(RuntimeError, match=f"  {bug.kind}: "):
-        run_by_name(hopper, bug.name)
-    found = [
-        finding
-        for finding in hopper.findings()
-        if finding.kind == bug.kind and finding.thread == bug.thread and line(bug.place) in finding.lines
-    ]
-    assert found, hopper.findings()
-    assert found[0].block == bug.block
-    assert found[0].other_thread == bug.other_thread
-    assert bug.address in found[0].address
-    if bug.other_place:
-        assert line(bug.other_place) in found[0].other_lines
+    expect_report(hopper, bug, run_by_name)
 
 
 @pytest.mark.parametrize("name", sorted({bug.name for bug in BUGS}))

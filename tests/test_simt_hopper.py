@@ -7,7 +7,6 @@ The kernels are those of tests/simt/kernels; "kernel: bug" is the kernel with th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,21 +14,12 @@ import pytest
 import simt
 import torch
 from tensor_layouts import Layout, Swizzle, atoms_nv
-from test_simt import SEEDS, Planted, line, run
+from test_simt import SEEDS, Planted, expect_report, run
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="needs a C++ compiler")
 
 SWIZZLE = Swizzle(3, 4, 3)  # of 128 bytes, on addresses of bytes
 STEPS, DEPTH = 4, 16  # of wgmma.cu
-
-
-@pytest.fixture
-def hopper() -> Iterator[ModuleType]:
-    module = simt.load()
-    module.set_device(shared_bytes=227 * 1024, compute_capability=90)
-    yield module
-    module.set_seed(None)
-    module.set_device()
 
 
 # --- where matrices lie
@@ -100,6 +90,8 @@ WGMMAS = [
     "wgmma 128",
     "wgmma 128 transposed a",
     "wgmma 128 transposed b",
+    "wgmma 192",
+    "wgmma 192 transposed b",
     "wgmma 256",
     "wgmma 256 transposed a b",
     "wgmma 64 halves transposed b",
@@ -275,19 +267,7 @@ BUGS = [
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_planted_bug_is_found_on_the_ordered_schedule(hopper: ModuleType, bug: Planted) -> None:
-    with pytest.raises(RuntimeError, match=f"  {bug.kind}: "):
-        run_by_name(hopper, bug.name)
-    found = [
-        finding
-        for finding in hopper.findings()
-        if finding.kind == bug.kind and finding.thread == bug.thread and line(bug.place) in finding.lines
-    ]
-    assert found, hopper.findings()
-    assert found[0].block == bug.block
-    assert found[0].other_thread == bug.other_thread
-    assert bug.address in found[0].address
-    if bug.other_place:
-        assert line(bug.other_place) in found[0].other_lines
+    expect_report(hopper, bug, run_by_name)
 
 
 def test_accumulators_are_nan_until_they_are_awaited(hopper: ModuleType) -> None:

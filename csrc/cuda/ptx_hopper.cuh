@@ -26,11 +26,12 @@ struct alignas(8) Mbarrier {
 
 namespace fastformer::cuda::ptx {
 
-// mbarrier.init, by one thread; fence_mbarrier_init and __syncthreads before anyone uses it.
+// mbarrier.init, by one thread; fence_mbarrier_init and __syncthreads before anyone uses it, or cluster_sync where
+// other blocks do.
 FASTFORMER_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// fence.mbarrier_init: the copies of TMA see the mbarriers this thread made.
+// fence.mbarrier_init: the copies of TMA, and other blocks, see the mbarriers this thread made.
 FASTFORMER_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 FASTFORMER_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -50,6 +51,17 @@ FASTFORMER_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
   } while (done == 0);
+}
+
+// mbarrier.arrive at the one that block `rank` of the cluster has where this one has `barrier`. Relaxed: it passes on
+// what products and copies did that this thread has waited for, and nothing that threads did. To release that at the
+// scope of a cluster would wait for all of the thread's stores to global memory (MEMBAR.ALL.GPU).
+FASTFORMER_DEVICE void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
 }
 
 FASTFORMER_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -79,6 +91,19 @@ FASTFORMER_DEVICE void tma_load(void* shared, const TensorMap& map, Mbarrier* ba
     FASTFORMER_LOAD("5d", "%3, %4, %5, %6, %7"), FASTFORMER_AT_5 : "memory");
   }
 #undef FASTFORMER_LOAD
+}
+// The same to each block of the cluster whose bit in `blocks` is set: to where it has what this one has at `shared`,
+// and the bytes count for the mbarrier it has where this one has `barrier`. They may come before it has said that it
+// expects them.
+template <int kRank>
+FASTFORMER_DEVICE void tma_load_to(void* shared, const TensorMap& map, Mbarrier* barrier, const int (&at)[kRank],
+                                   int blocks) {
+  static_assert(kRank == 2);
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(barrier)), FASTFORMER_AT_2, "h"(static_cast<uint16_t>(blocks))
+      : "memory");
 }
 // The other way round: what lies outside of the tensor is dropped. tma_store_wait says when shared memory has been
 // read.

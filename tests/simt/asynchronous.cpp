@@ -20,20 +20,26 @@ void begin_acting(int actor) {
 [[gnu::noinline]] void report_proxy(const Thread& actor, bool write, Code code, uintptr_t address, int bytes,
                                     const Cell& cell) {
   Report finding{.kind = Kind::proxy, .now = side(actor, code, write ? "wrote" : "read")};
-  finding.before = {state.block, cell.writer, cell.write.code & ~kAtomic, "wrote"};
+  finding.before = side(state.threads[cell.writer], cell.write.code & ~kAtomic, "wrote");
   finding.address = address;
   finding.bytes = bytes;
-  finding.text = in_shared(reinterpret_cast<const void*>(address))
-                     ? "no fence_proxy_async in between"
-                     : "TMA may not see what threads of the same launch write to global memory";
+  if (!in_any_shared(reinterpret_cast<const void*>(address))) {
+    finding.text = "TMA may not see what threads of the same launch write to global memory";
+  } else if (rank_of(cell.writer) != rank_of_shared(address)) {
+    finding.text = "the emulator knows no fence of what other blocks write";
+  } else {
+    finding.text = "no fence_proxy_async in between";
+  }
   report(std::move(finding));
 }
 
 inline void check_fenced(const Thread& actor, const Unit& unit, bool write, uintptr_t base, bool shared, Code code) {
   for (int i = 0; i < 16 >> unit.shift; ++i) {
     const Cell& cell = unit.cells[i];
-    if (cell.write.time == 0 || cell.writer >= state.num_threads) continue;
-    if (shared && cell.write.time <= actor.clock->fenced[cell.writer]) continue;
+    if (cell.write.time == 0 || cell.writer >= state.all_threads) continue;
+    if (shared && cell.write.time <= actor.clock->fenced[cell.writer] && rank_of(cell.writer) == rank_of_shared(base)) {
+      continue;
+    }
     if (!ordered(actor, cell.writer, cell.write)) continue;  // a race, which is reported as such
     report_proxy(actor, write, code, base + (i << unit.shift), 1 << unit.shift, cell);
   }
@@ -41,13 +47,12 @@ inline void check_fenced(const Thread& actor, const Unit& unit, bool write, uint
 
 }  // namespace
 
-int thread_of(int index) {
-  if (state.cluster > 1) return index % state.num_threads;
-  const int actor = index - state.num_threads;
-  if (actor < 0) return index;
-  if (actor < kMaxWarps) return actor * kWarp;
-  if (actor < 2 * kMaxWarps || actor >= 2 * kMaxWarps + kMaxMbarriers) return last_to_store();
-  return issuer_of(actor - 2 * kMaxWarps);
+int worker_of(int index, Time time) {
+  if (index < state.all_threads) return index;
+  const int rank = (index - state.all_threads) / kActors, actor = index - actors_of(rank);
+  if (actor < kMaxWarps) return rank * state.num_threads + actor * kWarp;
+  if (actor < 2 * kMaxWarps || actor >= 2 * kMaxWarps + kMaxMbarriers) return last_to_store(rank);
+  return issuer_of(rank * kMaxMbarriers + actor - 2 * kMaxWarps, time);
 }
 
 Thread& act_for(const Thread& thread, int actor) {
@@ -66,8 +71,8 @@ Thread& act_for(Thread* const* lanes, int actor) {
     if (other == lanes[lane - 1]->clock) continue;
     if (!own) common = new_clock(common);
     own = true;
-    for (int i = 0; i < state.num_threads + kActors; ++i) common->of[i] = std::min(common->of[i], other->of[i]);
-    for (int i = 0; i < state.num_threads; ++i) common->fenced[i] = std::min(common->fenced[i], other->fenced[i]);
+    for (int i = 0; i < num_known(); ++i) common->of[i] = std::min(common->of[i], other->of[i]);
+    for (int i = 0; i < num_fenced(); ++i) common->fenced[i] = std::min(common->fenced[i], other->fenced[i]);
   }
   set_clock(acting, common);
   begin_acting(actor);
@@ -110,9 +115,9 @@ void access_global(Thread& actor, const void* address, size_t bytes, Doing doing
   access_range(actor, address, bytes, doing, code);
   if (doing != Doing::write) return;
   // What TMA wrote in this launch nobody may touch again, not even TMA.
-  each_unit(address, bytes, [](Unit& unit, unsigned) {
+  each_unit(address, bytes, [&](Unit& unit, unsigned) {
     for (int i = 0; i < 16 >> unit.shift; ++i) {
-      if (unit.cells[i].writer == write_actor()) ++unit.cells[i].writer;
+      if (unit.cells[i].writer == actor.index) ++unit.cells[i].writer;
     }
   });
 }
@@ -140,10 +145,12 @@ uint32_t shared_address(const void* pointer) {
 }
 
 void fence_proxy_async() {
-  need_actors(FASTFORMER_SIMT_CALLER, "in fence_proxy_async");
+  need_actors();
   Thread& me = *current;
   Clock* clock = new_clock(me.clock);
-  for (int i = 0; i < state.num_threads; ++i) clock->fenced[i] = std::max(clock->fenced[i], clock->of[i]);
+  // It is of the block's own shared memory, and `fenced` of what a block's threads write to their own.
+  const int begin = me.rank * state.num_threads;
+  for (int i = begin; i < begin + state.num_threads; ++i) clock->fenced[i] = std::max(clock->fenced[i], clock->of[i]);
   clock->fenced[me.index] = me.time;
   set_clock(me, clock);
   me.time = advance();

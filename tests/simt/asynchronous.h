@@ -3,7 +3,7 @@
 // one it is ordered after, has waited for it. Their accesses are recorded as of where they begin, so whatever comes in
 // between is unordered; the data move at the last moment that the waits allow.
 //
-// A block has actors from its first such operation on (state.actors). One of a larger cluster can't have any yet.
+// A cluster has actors from its first such operation on (state.actors), each block as many.
 #pragma once
 
 #include <string>
@@ -17,19 +17,25 @@ namespace simt {
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kMaxMbarriers = 64;  // of a block
 
-// Actors by their entry in clocks.
-inline int product_actor(int warp) { return state.num_threads + warp; }            // products of a warp
-inline int store_actor(int warp) { return state.num_threads + kMaxWarps + warp; }  // TMA's reads for a warp's stores
-inline int load_actor(int mbarrier) { return state.num_threads + 2 * kMaxWarps + mbarrier; }  // copies that count there
-inline int write_actor() { return state.num_threads + 2 * kMaxWarps + kMaxMbarriers; }  // its writes of global memory
-static_assert(kActors == 2 * kMaxWarps + kMaxMbarriers + 2);
-// The number in its block of the thread an actor works for, or of the thread itself.
-int thread_of(int index);
-
-void begin_actors(Code code, const char* did);
-inline void need_actors(Code code, const char* did) {
-  if (!state.actors) begin_actors(code, did);
+// Actors by their entry in clocks: for a thread, the products of its warp, what TMA reads for its warp's stores, and
+// what it writes to global memory.
+inline int actors_of(int rank) { return state.all_threads + rank * kActors; }
+inline int product_actor(const Thread& thread) { return actors_of(thread.rank) + number_of(thread.index) / kWarp; }
+inline int store_actor(const Thread& thread) { return product_actor(thread) + kMaxWarps; }
+inline int write_actor(const Thread& thread) { return actors_of(thread.rank) + 2 * kMaxWarps + kMaxMbarriers; }
+// And the copies that count for an mbarrier, whoever begins them.
+inline int load_actor(int mbarrier) {
+  return actors_of(mbarrier / kMaxMbarriers) + 2 * kMaxWarps + mbarrier % kMaxMbarriers;
 }
+static_assert(kActors == 2 * kMaxWarps + kMaxMbarriers + 2);
+// The thread, by its index, that an actor worked for at `time`; or the thread itself.
+int worker_of(int index, Time time);
+
+void begin_actors();
+inline void need_actors() {
+  if (!state.actors) begin_actors();
+}
+void stop_in_clusters(Code code, const char* did);  // of more than one block
 // `actor` as it is at an operation that `thread` begins now: ordered after all that the thread is. Until the next call.
 Thread& act_for(const Thread& thread, int actor);
 // The same for the lanes of a warp, ordered after what all of them are.
@@ -63,34 +69,51 @@ bool find_load(uintptr_t address, size_t bytes, bool write, Report& report);
 bool find_store(uintptr_t address, size_t bytes, bool write, Report& report);
 void carry_out(const BoxCopy& copy);
 
-// mbarriers (mbarrier.cpp).
-void begin_block_mbarriers();
-void end_block_mbarriers();
-// The number of the mbarrier at `pointer` that `thread` uses to count a copy.
-int mbarrier_for_copy(Thread& thread, const void* pointer, Code code, const char* did);
-void add_load(int mbarrier, const BoxCopy& load);
+// mbarriers (mbarrier.cpp), numbered through the cluster: each block has kMaxMbarriers of these numbers.
+void begin_mbarriers();
+void end_block_mbarriers(int rank);
+// The number of the mbarrier that block `rank` has at `address`, which `thread` uses to count a copy.
+int mbarrier_for_copy(Thread& thread, int rank, uintptr_t address, Code code, const char* did);
+void add_load(int mbarrier, const BoxCopy& load, const char* did);
 std::string state_of_mbarrier(int mbarrier);
-int issuer_of(int mbarrier);
+struct Arrival {
+  int thread;
+  Mark mark;
+  uintptr_t mbarrier;
+};
+// Those of other blocks at block `rank` that none of its threads has seen by waiting for a phase's end.
+std::vector<Arrival> unseen_arrivals(int rank);
+int issuer_of(int mbarrier, Time time);  // the thread, by its index, of the copies of that time
 bool covers_mbarrier(uintptr_t address, size_t bytes);
 
 // TMA (tma.cpp).
-void begin_block_stores();
+void begin_stores();
 void store_thread_exited(Thread& thread);
-int last_to_store();  // the thread
+int last_to_store(int rank);  // the thread, by its index
 // Where the thread began a bulk_add that it has not waited for yet; 0: nowhere.
 Code unfinished_add(int thread);
 
 // Counters of blocks, and additions (counter.cpp).
 void begin_launch_counters();
 void note_addition(const Thread& thread, const void* to, size_t bytes, Code code);
-void begin_block_counters();
+void begin_counters();
 
 // Products (wgmma.cpp).
-void begin_block_products();
-void end_block_products();
+void begin_products();
+void end_block_products(int rank);
 
 // setmaxnreg (setmaxnreg.cpp).
-void begin_block_registers();
-void end_block_registers();
+void begin_registers();
+void end_block_registers(int rank);
+
+// Clusters (cluster.cpp).
+void begin_cluster_actors();
+// Stops unless the cluster has such a block.
+void check_block(const Thread& me, int rank, Code code, const char* did);
+// What `me` does to shared memory or an mbarrier of block `rank`, which is reported unless the block must have begun
+// and can't have ended: either that is ordered, or it is a copy or an arrival, which the block awaits.
+enum class Lasts : uint8_t { until_ordered, until_awaited };
+void touch_block(const Thread& me, int rank, Lasts lasts, Code code, const char* did, uintptr_t address, size_t bytes);
+constexpr const char* kArrived = "arrived at an mbarrier of";
 
 }  // namespace simt

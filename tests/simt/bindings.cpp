@@ -30,6 +30,7 @@ PYBIND11_MODULE(fastformer_simt, m) {
   m.def(
       "counters", [] { return simt::counters(); },
       "How many launches, switches of fibers and accesses there were since the module was loaded.");
+  m.def("last_launch", [] { return simt::last_launch(); }, "The {blocks, cluster} of the last launch.");
   m.def(
       "kernels", [] { return simt::names_of(simt::kernels()); },
       "The kernels there are, {address in the module: name}.");

@@ -9,14 +9,14 @@ namespace {
 std::vector<Clock*> free_clocks;
 
 // A clock of what these threads know of all, themselves too.
-void learn(Clock* clock, const Thread* threads, int count) {
-  std::fill_n(clock->of, state.all_threads + (state.actors ? kActors : 0), Time{0});
-  if (state.actors) std::fill_n(clock->fenced, state.num_threads, Time{0});
+Clock* learn(const Thread* threads, int count) {
+  Clock* clock = blank_clock();
   const Clock* last = nullptr;
   for (int i = 0; i < count; ++i) {
     if (threads[i].clock != last) join(clock, threads[i].clock);
     last = threads[i].clock;
   }
+  return clock;
 }
 
 }  // namespace
@@ -31,10 +31,23 @@ Clock* new_clock(const Clock* copy_of) {
   }
   clock->references = 0;
   if (copy_of != nullptr) {
-    std::copy_n(copy_of->of, state.all_threads + (state.actors ? kActors : 0), clock->of);
-    if (state.actors) std::copy_n(copy_of->fenced, state.num_threads, clock->fenced);
+    std::copy_n(copy_of->of, num_known(), clock->of);
+    std::copy_n(copy_of->fenced, num_fenced(), clock->fenced);
   }
   return clock;
+}
+
+Clock* blank_clock() {
+  Clock* clock = new_clock(nullptr);
+  std::fill_n(clock->of, num_known(), Time{0});
+  std::fill_n(clock->fenced, num_fenced(), Time{0});
+  return clock;
+}
+
+void forget_actors(Clock* clock) {
+  if (clock == nullptr) return;
+  std::fill_n(clock->of + state.all_threads, state.cluster * kActors, Time{0});
+  std::fill_n(clock->fenced, state.all_threads, Time{0});
 }
 
 void release(Clock* clock) {
@@ -42,10 +55,13 @@ void release(Clock* clock) {
 }
 
 void join(Clock* into, const Clock* other) {
-  const int known = state.all_threads + (state.actors ? kActors : 0);
+  const int known = num_known(), fenced = num_fenced();
   for (int i = 0; i < known; ++i) into->of[i] = std::max(into->of[i], other->of[i]);
-  if (!state.actors) return;
-  for (int i = 0; i < state.num_threads; ++i) into->fenced[i] = std::max(into->fenced[i], other->fenced[i]);
+  for (int i = 0; i < fenced; ++i) into->fenced[i] = std::max(into->fenced[i], other->fenced[i]);
+}
+
+void join_actors(Clock* into, const Clock* other) {
+  for (int i = state.all_threads; i < num_known(); ++i) into->of[i] = std::max(into->of[i], other->of[i]);
 }
 
 void set_clock(Thread& thread, Clock* clock) {
@@ -56,9 +72,9 @@ void set_clock(Thread& thread, Clock* clock) {
 
 void all_meet(Thread* threads, int count) {
   const Time now = advance();
-  Clock* clock = new_clock(nullptr);
-  // Else there is nothing but these threads.
-  if (state.actors || count < state.all_threads) learn(clock, threads, count);
+  // Where there is nothing but these threads, none knows of others.
+  const bool others = state.actors || count < state.all_threads;
+  Clock* clock = others ? learn(threads, count) : new_clock(nullptr);
   for (int i = 0; i < count; ++i) {
     clock->of[threads[i].index] = threads[i].time;
     threads[i].time = now;

@@ -13,7 +13,7 @@ namespace {
 // A thread's last access to the shared memory of another block.
 struct Touched {
   Mark mark;
-  bool write;
+  const char* did;
   uintptr_t address;
   size_t bytes;
 };
@@ -37,7 +37,7 @@ int last_ended;
 }
 
 Report finding_of(Kind kind, const Thread& thread, const Touched& access) {
-  Report finding{.kind = kind, .now = side(thread, access.mark.code, access.write ? "wrote" : "read")};
+  Report finding{.kind = kind, .now = side(thread, access.mark.code, access.did)};
   finding.address = access.address;
   finding.bytes = static_cast<int>(access.bytes);
   return finding;
@@ -51,11 +51,26 @@ void report_not_running(const Thread& thread, const Touched& access, const char*
 constexpr const char* kNotBegun = "that block may not have begun yet: no cluster_sync comes before";
 constexpr const char* kEnded = "that block may have ended by then: no cluster_sync comes after";
 
-// Accesses that are not ordered before the end of the last of the block's threads.
-void report_late(Block& block) {
-  for (int i = 0; i < state.all_threads; ++i) {
-    const Touched& access = block.accesses[i];
-    if (access.mark.time > block.end->of[i]) report_not_running(state.threads[i], access, kEnded);
+// Accesses, and arrivals that nobody has waited for, that are not ordered before the end of the last of the block's
+// threads.
+void report_late(int rank) {
+  const Block& block = blocks[rank];
+  const auto check = [&](int thread, const Touched& access) {
+    if (access.mark.time > block.end->of[thread]) report_not_running(state.threads[thread], access, kEnded);
+  };
+  for (int i = 0; i < state.all_threads; ++i) check(i, block.accesses[i]);
+  if (!state.actors) return;
+  for (const Arrival& arrival : unseen_arrivals(rank)) {
+    check(arrival.thread, {arrival.mark, kArrived, arrival.mbarrier, 8});
+  }
+}
+
+void touch(const Thread& me, int rank, Lasts lasts, const Touched& access) {
+  if (me.clock->of[rank * state.num_threads] < state.cluster_start) report_not_running(me, access, kNotBegun);
+  if (blocks[rank].live == 0) {
+    report_not_running(me, access, kEnded);
+  } else if (lasts == Lasts::until_ordered) {
+    blocks[rank].accesses[me.index] = access;
   }
 }
 
@@ -86,22 +101,32 @@ void cluster_thread_exited(const Thread& thread) {
   } else {
     join(block.end, thread.clock);
   }
-  if (--block.live == 0) report_late(block);
+  if (--block.live == 0) report_late(thread.rank);
 }
 
 void check_other_shared(const Thread& me, bool write, Code code, uintptr_t address, size_t bytes) {
   const int rank = rank_of_shared(address);
   const uintptr_t begin = shared_of(rank);
-  const Touched access{{me.time, code}, write, address, bytes};
+  const Touched access{{me.time, code}, write ? "wrote" : "read", address, bytes};
   if (rank >= state.cluster || address < begin || address + bytes > begin + state.launch.shared_bytes) {
     stop(finding_of(Kind::out_of_bounds, me, access));
   }
-  if (me.clock->of[rank * state.num_threads] < state.cluster_start) report_not_running(me, access, kNotBegun);
-  if (blocks[rank].live == 0) {
-    report_not_running(me, access, kEnded);
-  } else {
-    blocks[rank].accesses[me.index] = access;
-  }
+  touch(me, rank, Lasts::until_ordered, access);
+}
+
+void begin_cluster_actors() {
+  if (state.cluster == 1) return;
+  for (int rank = 0; rank < state.cluster; ++rank) forget_actors(blocks[rank].end);
+}
+
+void check_block(const Thread& me, int rank, Code code, const char* did) {
+  if (rank >= 0 && rank < state.cluster) return;
+  bad_call(me, code, did,
+           "there is no block " + std::to_string(rank) + " in a cluster of " + std::to_string(state.cluster));
+}
+
+void touch_block(const Thread& me, int rank, Lasts lasts, Code code, const char* did, uintptr_t address, size_t bytes) {
+  if (rank != me.rank) touch(me, rank, lasts, {{me.time, code}, did, address, bytes});
 }
 
 int cluster_rank() { return current->rank; }
@@ -112,10 +137,7 @@ void* of_block(void* shared, int rank) {
   if (offset > state.launch.shared_bytes) {
     bad_call(*current, code, "in of_block", "it does not lie in the shared memory of the block itself");
   }
-  if (rank < 0 || rank >= state.cluster) {
-    bad_call(*current, code, "in of_block",
-             "there is no block " + std::to_string(rank) + " in a cluster of " + std::to_string(state.cluster));
-  }
+  check_block(*current, rank, code, "in of_block");
   return reinterpret_cast<void*>(shared_of(rank) + offset);
 }
 

@@ -49,7 +49,7 @@ void begin_launch_counters() {
   additions.clear();
 }
 
-void begin_block_counters() {
+void begin_counters() {
   waiting.clear();
   known.clear();
 }
@@ -74,7 +74,8 @@ void note_addition(const Thread& me, const void* to, size_t bytes, Code code) {
 void count_up(int* counter) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
-  need_actors(code, "in count_up");
+  need_actors();
+  stop_in_clusters(code, "in count_up");
   access_range(me, counter, sizeof(int), Doing::atomic, code);
   if (const Code began = unfinished_add(me.index); began != 0) {
     Report finding{.kind = Kind::copy_under_way, .now = side(me, code, "in count_up")};
@@ -98,7 +99,8 @@ void count_up(int* counter) {
 void wait_for_count(const int* counter, int count) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
-  need_actors(code, "in wait_for_count");
+  need_actors();
+  stop_in_clusters(code, "in wait_for_count");
   access_range(me, counter, sizeof(int), Doing::atomic, code);
   if (*counter == count) {
     learn(known[me.index], counted[counter]);

@@ -251,6 +251,11 @@ std::map<std::string, uint64_t> counters() {
   return {{"launches", state.launches}, {"switches", state.switches}, {"accesses", state.accesses}};
 }
 
+std::map<std::string, uint64_t> last_launch() {
+  const dim3& grid = state.launch.grid;
+  return {{"blocks", uint64_t{grid.x} * grid.y * grid.z}, {"cluster", state.launch.cluster}};
+}
+
 const std::set<Code>& kernels() {
   static const std::set<Code> all = [] {
     std::set<Code> codes;

@@ -46,8 +46,9 @@ Unit* new_units(const Range& range) {
 Side before(int thread, Mark mark, const char* did) {
   const auto after = std::upper_bound(state.starts.begin(), state.starts.end(), mark.time);
   Side side;
-  side.block = (after - state.starts.begin() - 1) * state.cluster + rank_of(thread);
-  side.thread = thread_of(thread);
+  const int worker = worker_of(thread, mark.time);
+  side.block = (after - state.starts.begin() - 1) * state.cluster + rank_of(worker);
+  side.thread = number_of(worker);
   side.code = mark.code & ~kAtomic;
   side.did = (mark.code & kAtomic) != 0 ? past(Doing::atomic) : did;
   return side;

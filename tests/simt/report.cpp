@@ -132,7 +132,8 @@ std::string who(const Side& side) {
 }  // namespace
 
 Side side(const Thread& thread, Code code, const char* did) {
-  return {state.block + rank_of(thread.index), thread_of(thread.index), code, did};
+  const int worker = worker_of(thread.index, thread.time);
+  return {state.block + rank_of(worker), number_of(worker), code, did};
 }
 
 void report(Report finding) {

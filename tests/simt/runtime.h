@@ -27,15 +27,17 @@ constexpr int kMaxCluster = 8;     // blocks
 constexpr int kMostThreads = kMaxCluster * kMaxThreads;
 constexpr int kWarp = 32;
 constexpr size_t kMostShared = 256 * 1024;  // bytes a block can have on any device
-constexpr int kActors = 130;                // see asynchronous.h
+constexpr int kActors = 130;                // of a block: see asynchronous.h
 
 using Time = uint32_t;
 using Code = uint32_t;  // a code address, as an offset into this library
 
 struct Clock {
   int references;
-  Time fenced[kMaxThreads];  // with `actors`: until when each thread's writes are there for the asynchronous proxy
-  Time of[kMostThreads + kActors];  // as many as the cluster has threads, and with `actors` theirs behind
+  // With `actors`: until when each thread's writes to its block's shared memory are there for the asynchronous proxy.
+  Time fenced[kMostThreads];
+  // As many as the cluster has threads, and with `actors` theirs behind.
+  Time of[kMostThreads + kMaxCluster * kActors];
 };
 
 enum class Kind : uint8_t {
@@ -105,7 +107,7 @@ struct State {
   int num_threads = 0;  // of a block
   int cluster = 1;      // blocks
   int all_threads = 0;  // of a cluster
-  bool actors = false;  // whether this block has done anything asynchronous but cp.async
+  bool actors = false;  // whether this cluster has done anything asynchronous but cp.async
   int64_t block = 0;    // the number in the grid of the cluster's first block
   Time counter = 0;
   Time launch_start = 0, cluster_start = 0;
@@ -118,8 +120,12 @@ struct State {
 };
 extern State state;
 extern Thread* current;
-// The rank of the block that a thread belongs to; actors are of clusters of one block.
+// Of a thread by its index: the rank of its block, and its number there.
 inline int rank_of(int index) { return state.cluster == 1 ? 0 : index / state.num_threads; }
+inline int number_of(int index) { return state.cluster == 1 ? index : index % state.num_threads; }
+// How many entries of a clock count.
+inline int num_known() { return state.all_threads + (state.actors ? state.cluster * kActors : 0); }
+inline int num_fenced() { return state.actors ? state.all_threads : 0; }
 
 // What the thread that runs may touch unwatched: its stack, and the kernel's arguments.
 struct Memory {
@@ -173,11 +179,14 @@ std::string name_of_stack(uintptr_t address);
 
 // Clocks.
 Clock* new_clock(const Clock* copy_of);
+Clock* blank_clock();              // that is ordered after nothing
+void forget_actors(Clock* clock);  // nullptr: nothing
 void set_clock(Thread& thread, Clock* clock);
 // What any of these threads has done comes before what any of them does from here on. They have waited.
 void all_meet(Thread* threads, int count);
 void release(Clock* clock);
 void join(Clock* into, const Clock* other);
+void join_actors(Clock* into, const Clock* other);  // what it has of them alone
 inline Time advance() { return ++state.counter; }
 
 // Operations of a warp: waits until all lanes of `mask` that have not exited are here; the last one calls

@@ -19,6 +19,7 @@ void thread_exited(Thread& thread);
 [[noreturn]] void report_deadlock();
 void forget_memory();
 std::map<std::string, uint64_t> counters();
+std::map<std::string, uint64_t> last_launch();
 void set_seed(int64_t seed);                              // negative: threads run in order
 void yield(Thread& thread, Code code, const char* name);  // to all that are ready; `thread` is one of them
 // Code addresses: of all that is __global__, and of what of it was launched since the module was loaded.

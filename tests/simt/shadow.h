@@ -54,7 +54,7 @@ class Readers {
       set = free_.back();
       free_.pop_back();
     }
-    bounds_[set] = {kMostThreads + kActors, -1, 0, false};
+    bounds_[set] = {kMostThreads + kMaxCluster * kActors, -1, 0, false};
     marks_[size_t{set} * size() + foreign()] = {};
     return set;
   }
@@ -106,8 +106,8 @@ class Readers {
     int foreign;      // the thread of the mark of another cluster
     bool atomics;
   };
-  size_t size() const { return state.all_threads + kActors + 1; }
-  size_t foreign() const { return state.all_threads + kActors; }
+  size_t size() const { return foreign() + 1; }
+  size_t foreign() const { return state.all_threads + state.cluster * kActors; }
   std::vector<Mark> marks_;
   std::vector<Bounds> bounds_;
   std::vector<Time> free_;

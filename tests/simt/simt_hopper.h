@@ -25,8 +25,10 @@ void fence_mbarrier_init();
 void mbarrier_arrive(void* barrier);
 void mbarrier_arrive_expect(void* barrier, int bytes);
 void mbarrier_wait(void* barrier, int parity);
+void mbarrier_arrive_at(void* barrier, int rank);
 void fence_proxy_async();
 void tma_load(void* shared, const TensorMap& map, void* barrier, const int* at, int rank);
+void tma_load_to(void* shared, const TensorMap& map, void* barrier, const int* at, int rank, int blocks);
 void tma_store(const TensorMap& map, const void* shared, const int* at, int rank);
 void tma_store_commit();
 void tma_store_wait(int groups);
@@ -55,6 +57,7 @@ __forceinline__ void mbarrier_arrive_expect(Mbarrier* barrier, int bytes) {
   simt::mbarrier_arrive_expect(barrier, bytes);
 }
 __forceinline__ void mbarrier_wait(Mbarrier* barrier, int parity) { simt::mbarrier_wait(barrier, parity); }
+__forceinline__ void mbarrier_arrive_at(Mbarrier* barrier, int rank) { simt::mbarrier_arrive_at(barrier, rank); }
 
 __forceinline__ void fence_proxy_async() { simt::fence_proxy_async(); }
 
@@ -62,6 +65,12 @@ template <int kRank>
 __forceinline__ void tma_load(void* shared, const TensorMap& map, Mbarrier* barrier, const int (&at)[kRank]) {
   static_assert(2 <= kRank && kRank <= 5);
   simt::tma_load(shared, map, barrier, at, kRank);
+}
+template <int kRank>
+__forceinline__ void tma_load_to(void* shared, const TensorMap& map, Mbarrier* barrier, const int (&at)[kRank],
+                                 int blocks) {
+  static_assert(kRank == 2);
+  simt::tma_load_to(shared, map, barrier, at, kRank, blocks);
 }
 template <int kRank>
 __forceinline__ void tma_store(const TensorMap& map, const void* shared, const int (&at)[kRank]) {

@@ -54,7 +54,7 @@ int num_live;
 }
 
 std::string has_ended(const Thread& thread) {
-  return "thread " + std::to_string(thread_of(thread.index)) + " has ended while others wait for it";
+  return "thread " + std::to_string(number_of(thread.index)) + " has ended while others wait for it";
 }
 
 void run_group(Warp& warp, int index, Thread* lanes) {
@@ -80,7 +80,7 @@ struct BarrierCall {
 void meet(BarrierCall mine, Code code, const char* name) {
   warp_operation(kEveryLane, &mine, code, name, [](Thread* const* lanes, unsigned arrived) {
     const Thread& first = *lanes[std::countr_zero(arrived)];
-    const int begin = thread_of(first.index) / kWarp * kWarp;
+    const int begin = number_of(first.index) / kWarp * kWarp;
     for (int i = 0; i < kWarp && begin + i < state.num_threads; ++i) {
       if ((arrived >> i & 1) == 0) {
         stop_thread(first, Kind::divergence, first.code, first.waits_in,
@@ -90,7 +90,7 @@ void meet(BarrierCall mine, Code code, const char* name) {
       const auto& other = *static_cast<const BarrierCall*>(first.operand);
       if (call.number != other.number || call.threads != other.threads) {
         stop_thread(*lanes[i], Kind::bad_call, lanes[i]->code, lanes[i]->waits_in,
-                    "thread " + std::to_string(thread_of(first.index)) + " of its warp names another barrier or count");
+                    "thread " + std::to_string(number_of(first.index)) + " of its warp names another barrier or count");
       }
     }
   });
@@ -147,21 +147,22 @@ void report_different_places(const Thread& me, Code code, const Thread& other, C
   report(std::move(finding));
 }
 
-void begin_actors(Code code, const char* did) {
-  if (state.cluster > 1) stop_at(Kind::bad_call, code, did, "the emulator does not know it in clusters yet");
+void begin_actors() {
   state.actors = true;
-  const auto extend = [](Clock* clock) {
-    if (clock == nullptr) return;
-    std::fill_n(clock->of + state.num_threads, kActors, Time{0});
-    std::fill_n(clock->fenced, state.num_threads, Time{0});
-  };
-  for (int i = 0; i < state.num_threads; ++i) extend(state.threads[i].clock);
-  for (Barrier& barrier : blocks[0].barriers) extend(barrier.clock);
-  begin_block_mbarriers();
-  begin_block_stores();
-  begin_block_products();
-  begin_block_counters();
-  begin_block_registers();
+  for (int i = 0; i < state.all_threads; ++i) forget_actors(state.threads[i].clock);
+  for (Block& block : std::span(blocks, state.cluster)) {
+    for (Barrier& barrier : block.barriers) forget_actors(barrier.clock);
+  }
+  begin_cluster_actors();
+  begin_mbarriers();
+  begin_stores();
+  begin_products();
+  begin_counters();
+  begin_registers();
+}
+
+void stop_in_clusters(Code code, const char* did) {
+  if (state.cluster > 1) stop_at(Kind::bad_call, code, did, "the emulator does not know it in clusters yet");
 }
 
 void begin_cluster_synchronisation() {
@@ -187,17 +188,17 @@ void begin_cluster_synchronisation() {
 int live_threads() { return num_live; }
 
 void thread_exited(Thread& thread) {
-  if (state.actors) {
-    store_thread_exited(thread);
-    if (num_live == 1) {
-      end_block_mbarriers();
-      end_block_products();
-      end_block_registers();
-    }
-  }
-  --num_live;
   Block& block = blocks[thread.rank];
   ++block.exited;
+  --num_live;
+  if (state.actors) {
+    store_thread_exited(thread);
+    if (block.exited == state.num_threads) {
+      end_block_mbarriers(thread.rank);
+      end_block_products(thread.rank);
+      end_block_registers(thread.rank);
+    }
+  }
   block.last_exited = thread.index;
   Warp& warp = warps[thread.index / kWarp];
   const unsigned bit = 1u << thread.index % kWarp;
@@ -222,7 +223,7 @@ void report_deadlock() {
     if (thread.wait == Wait::barrier) what += " of barrier " + std::to_string(thread.barrier);
     if (thread.wait == Wait::counter) what += " of one that is at " + std::to_string(thread.barrier);
     if (thread.wait == Wait::mbarrier) what += " of " + state_of_mbarrier(thread.barrier);
-    waiting[{thread.code, what, thread.rank}].push_back(thread_of(i));
+    waiting[{thread.code, what, thread.rank}].push_back(number_of(i));
   }
   Report finding{.kind = Kind::deadlock, .now = side(*current, current->code, current->waits_in)};
   finding.text =

@@ -1,4 +1,5 @@
 // Tensor maps, and the copies of their boxes; and additions of shared memory, which are copies of boxes here.
+#include <array>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -49,7 +50,7 @@ struct Stores {
   Code unfinished_add;
 };
 std::map<int, Stores> stores;  // by thread
-int last_storing;
+std::array<int, kMaxCluster> last_storing;
 
 void check_rank(const Thread& me, const TensorMap& map, int rank, Code code, const char* did) {
   if (map.rank != rank) bad_call(me, code, did, "the tensor map is of " + std::to_string(map.rank) + " dimensions");
@@ -85,14 +86,33 @@ BoxCopy checked(const Thread& me, const TensorMap& map, int alignment, const voi
   return copy;
 }
 
+// To block `rank`: `copy` and `barrier` are told as of the block itself.
+void begin_load(Thread& me, BoxCopy copy, uintptr_t barrier, int rank, const char* did) {
+  const uintptr_t further = shared_of(rank) - shared_begin;
+  copy.what = Moves::load;
+  copy.shared += further;
+  touch_block(me, rank, Lasts::until_awaited, copy.code, "began a tma_load to", copy.shared, copy.bytes);
+  const int number = mbarrier_for_copy(me, rank, barrier + further, copy.code, did);
+  Thread& actor = act_for(me, load_actor(number));
+  copy.time = actor.time;
+  for (int i = 0; i < copy.bytes; i += 16) access_shared(actor, copy.shared + i, true, copy.code);
+  for_rows(copy, [&](int, char* data, int bytes, int) {
+    if (bytes == 0) return;
+    access_global(actor, data, bytes, Doing::read, copy.code);
+    set_read(data, bytes, true);
+  });
+  set_in_flight(copy.shared, copy.bytes, true);
+  add_load(number, copy, did);
+}
+
 void begin_store(Thread& me, BoxCopy& copy) {
   const bool adds = copy.what == Moves::add;
-  last_storing = me.index;
-  Thread& reader = act_for(me, store_actor(me.index / kWarp));
+  last_storing[me.rank] = me.index;
+  Thread& reader = act_for(me, store_actor(me));
   copy.time = reader.time;
   for (int i = 0; i < copy.bytes; i += 16) access_shared(reader, copy.shared + i, false, copy.code);
   set_read(reinterpret_cast<void*>(copy.shared), copy.bytes, true);
-  Thread& writer = act_for(me, write_actor());
+  Thread& writer = act_for(me, write_actor(me));
   for_rows(copy, [&](int, char* data, int bytes, int) {
     if (bytes > 0) access_global(writer, data, bytes, adds ? Doing::atomic : Doing::write, copy.code);
   });
@@ -109,7 +129,7 @@ void add_floats(char* to, const char* from) {
 
 void end_store(Thread& thread, const BoxCopy& store) {
   carry_out(store);
-  has_waited(thread, store_actor(thread.index / kWarp), store.time);
+  has_waited(thread, store_actor(thread), store.time);
 }
 
 }  // namespace
@@ -147,12 +167,12 @@ TensorMap tensor_map(const void* data, int element_bytes, int rank, const int64_
 void carry_out(const BoxCopy& copy) {
   const int row_bytes = copy.map.box[0] * copy.map.element_bytes;
   const bool loads = copy.what == Moves::load;
+  const uintptr_t begin = shared_of(rank_of_shared(copy.shared));
   if (loads) set_in_flight(copy.shared, copy.bytes, false);
   for_rows(copy, [&](int offset, char* data, int bytes, int before) {
     char row[kMostBox * 8] = {};
     const auto chunk = [&](int i) {
-      return reinterpret_cast<char*>(swizzled(copy.shared + offset + i - shared_begin, copy.map.swizzle) +
-                                     shared_begin);
+      return reinterpret_cast<char*>(swizzled(copy.shared + offset + i - begin, copy.map.swizzle) + begin);
     };
     if (loads) {
       if (bytes > 0) {
@@ -196,9 +216,9 @@ bool find_store(uintptr_t address, size_t bytes, bool write, Report& report) {
   return false;
 }
 
-void begin_block_stores() { stores.clear(); }
+void begin_stores() { stores.clear(); }
 
-int last_to_store() { return last_storing; }
+int last_to_store(int rank) { return last_storing[rank]; }
 
 Code unfinished_add(int thread) { return state.actors ? stores[thread].unfinished_add : 0; }
 
@@ -216,28 +236,31 @@ void store_thread_exited(Thread& thread) {
 
 void tma_load(void* shared, const TensorMap& map, void* barrier, const int* at, int rank) {
   const Code code = FASTFORMER_SIMT_CALLER;
-  const char* did = "in tma_load";
   Thread& me = *current;
-  const int number = mbarrier_for_copy(me, barrier, code, did);
+  need_actors();
+  check_rank(me, map, rank, code, "in tma_load");
+  const BoxCopy copy = checked(me, map, 128 << map.swizzle, shared, at, code, "in tma_load");
+  begin_load(me, copy, reinterpret_cast<uintptr_t>(barrier), me.rank, "in tma_load");
+}
+
+void tma_load_to(void* shared, const TensorMap& map, void* barrier, const int* at, int rank, int blocks) {
+  const Code code = FASTFORMER_SIMT_CALLER;
+  const char* did = "in tma_load_to";
+  Thread& me = *current;
+  need_actors();
   check_rank(me, map, rank, code, did);
-  BoxCopy copy = checked(me, map, 128 << map.swizzle, shared, at, code, did);
-  Thread& actor = act_for(me, load_actor(number));
-  copy.what = Moves::load;
-  copy.time = actor.time;
-  for (int i = 0; i < copy.bytes; i += 16) access_shared(actor, copy.shared + i, true, code);
-  for_rows(copy, [&](int, char* data, int bytes, int) {
-    if (bytes == 0) return;
-    access_global(actor, data, bytes, Doing::read, code);
-    set_read(data, bytes, true);
-  });
-  set_in_flight(copy.shared, copy.bytes, true);
-  add_load(number, copy);
+  const BoxCopy copy = checked(me, map, 128 << map.swizzle, shared, at, code, did);
+  if (blocks == 0) bad_call(me, code, did, "it is for no block");
+  for (unsigned left = blocks; left != 0; left &= left - 1) check_block(me, std::countr_zero(left), code, did);
+  for (unsigned left = blocks; left != 0; left &= left - 1) {
+    begin_load(me, copy, reinterpret_cast<uintptr_t>(barrier), std::countr_zero(left), did);
+  }
 }
 
 void tma_store(const TensorMap& map, const void* shared, const int* at, int rank) {
   const Code code = FASTFORMER_SIMT_CALLER;
   Thread& me = *current;
-  need_actors(code, "in tma_store");
+  need_actors();
   check_rank(me, map, rank, code, "in tma_store");
   BoxCopy copy = checked(me, map, 128 << map.swizzle, shared, at, code, "in tma_store");
   copy.what = Moves::store;
@@ -248,7 +271,8 @@ void bulk_add(float* to, const float* shared, int bytes) {
   const Code code = FASTFORMER_SIMT_CALLER;
   const char* did = "in bulk_add";
   Thread& me = *current;
-  need_actors(code, did);
+  need_actors();
+  stop_in_clusters(code, did);
   if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0) {
     bad_call(me, code, did, "the bytes and both addresses are multiples of 16");
   }
@@ -273,7 +297,7 @@ void bulk_wait_all() {
 }
 
 void tma_store_commit() {
-  need_actors(FASTFORMER_SIMT_CALLER, "in tma_store_commit");
+  need_actors();
   Stores& mine = stores[current->index];
   size_t before = 0;
   for (const size_t count : mine.groups) before += count;
@@ -281,7 +305,7 @@ void tma_store_commit() {
 }
 
 void tma_store_wait(int groups) {
-  need_actors(FASTFORMER_SIMT_CALLER, "in tma_store_wait");
+  need_actors();
   Thread& me = *current;
   Stores& mine = stores[me.index];
   size_t copies = 0, done = 0;

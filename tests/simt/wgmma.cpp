@@ -5,6 +5,7 @@
 #include <bit>
 #include <deque>
 #include <list>
+#include <span>
 
 #include "asynchronous.h"
 #include "fenced.h"
@@ -46,7 +47,7 @@ struct WarpProducts {
   FencedRegisters fenced;
   size_t begun;
 };
-std::array<WarpProducts, kMaxWarps> warps;
+std::array<WarpProducts, kMaxCluster * kMaxWarps> warps;
 
 // What the warps of a warpgroup began, all the same, and the warp that was first; without what all four have begun.
 struct Begun {
@@ -60,9 +61,13 @@ struct WarpgroupProducts {
   std::deque<Begun> begun;
   size_t forgotten;
 };
-std::array<WarpgroupProducts, kMaxWarps / kGroupWarps> warpgroups;
+std::array<WarpgroupProducts, kMaxCluster * kMaxWarps / kGroupWarps> warpgroups;
 
-int warp_of(Thread* const* lanes) { return lanes[0]->index / kWarp; }
+// A warp's number in these arrays, which have as many for each block as it may have; and its first thread.
+int warp_of(Thread* const* lanes) { return lanes[0]->rank * kMaxWarps + number_of(lanes[0]->index) / kWarp; }
+const Thread& first_of(int warp) {
+  return state.threads[warp / kMaxWarps * state.num_threads + warp % kMaxWarps * kWarp];
+}
 
 bool has(const std::vector<RegisterRange>& ranges, const RegisterRange& what) {
   return std::any_of(ranges.begin(), ranges.end(), [&](const RegisterRange& range) { return range.has(what); });
@@ -105,7 +110,7 @@ void check_same_warps(int warp, const Thread& thread, const Wgmma& product) {
       (product.registers != nullptr) != other.has_registers) {
     Report finding{.kind = Kind::divergence,
                    .now = side(thread, thread.code, kBegin),
-                   .before = side(state.threads[other.warp * kWarp], other.code, kBegin)};
+                   .before = side(first_of(other.warp), other.code, kBegin)};
     finding.text = "warps of a warpgroup begin different products";
     stop(std::move(finding));
   }
@@ -168,7 +173,7 @@ void begin_product(Thread* const* lanes, unsigned arrived) {
   const int warp = warp_of(lanes);
   const auto& of = *static_cast<const Wgmma*>(first.operand);
   WarpProducts& mine = warps[warp];
-  if ((warp / kGroupWarps + 1) * kGroupWarps * kWarp > state.num_threads) {
+  if ((warp % kMaxWarps / kGroupWarps + 1) * kGroupWarps * kWarp > state.num_threads) {
     bad_call(first, first.code, kBegin, "its warpgroup has fewer than 128 threads");
   }
   check_same_lanes(lanes);
@@ -188,7 +193,7 @@ void begin_product(Thread* const* lanes, unsigned arrived) {
       std::copy_n(product.registers[lane], 4, product.had[lane]);
     }
   }
-  Thread& actor = act_for(lanes, product_actor(warp));
+  Thread& actor = act_for(lanes, product_actor(first));
   product.time = actor.time;
   if (of.registers == nullptr) {
     const int row = warp % kGroupWarps * kRows;
@@ -320,7 +325,7 @@ void end_products(Thread* const* lanes, unsigned arrived) {
     release(from);
     from = had;
     ++from->references;  // so that it stays another than those to come
-    has_waited(*lanes[lane], product_actor(warp), time);
+    has_waited(*lanes[lane], product_actor(*lanes[lane]), time);
     to = lanes[lane]->clock;
   }
   release(from);
@@ -328,21 +333,22 @@ void end_products(Thread* const* lanes, unsigned arrived) {
 
 }  // namespace
 
-void begin_block_products() {
-  for (WarpProducts& warp : warps) {
+void begin_products() {
+  const int count = state.cluster * kMaxWarps;
+  for (WarpProducts& warp : std::span(warps).first(count)) {
     warp.products.clear();
     warp.groups.clear();
     warp.sums.clear();
     warp.fenced.clear();
     warp.begun = 0;
   }
-  for (WarpgroupProducts& group : warpgroups) group = {};
+  std::fill_n(warpgroups.begin(), count / kGroupWarps, WarpgroupProducts{});
 }
 
-void end_block_products() {
-  const int count = (state.num_threads + kWarp - 1) / kWarp;
-  for (int warp = 0; warp < count; ++warp) {
-    const Thread& first = state.threads[warp * kWarp];
+void end_block_products(int rank) {
+  const int begin = rank * kMaxWarps, count = (state.num_threads + kWarp - 1) / kWarp;
+  for (int warp = begin; warp < begin + count; ++warp) {
+    const Thread& first = first_of(warp);
     if (!warps[warp].products.empty()) {
       Report finding{.kind = Kind::bad_call, .now = side(first, warps[warp].products[0].code, "began a product")};
       finding.text = "the block ends, and it has not committed it and waited for it";
@@ -351,9 +357,8 @@ void end_block_products() {
     const WarpgroupProducts& group = warpgroups[warp / kGroupWarps];
     if (const size_t begun = warps[warp].begun - group.forgotten; begun < group.begun.size()) {
       const Begun& other = group.begun[begun];
-      Report finding{.kind = Kind::divergence,
-                     .now = side(state.threads[other.warp * kWarp], other.code, "began a product")};
-      finding.text = "warp " + std::to_string(warp) + " of its warpgroup did not";
+      Report finding{.kind = Kind::divergence, .now = side(first_of(other.warp), other.code, "began a product")};
+      finding.text = "warp " + std::to_string(warp - begin) + " of its warpgroup did not";
       report(std::move(finding));
     }
   }
@@ -361,7 +366,7 @@ void end_block_products() {
 
 void wgmma_fence(const Registers* registers, int count) {
   RegistersCall call{0, registers, count};
-  need_actors(FASTFORMER_SIMT_CALLER, kFence);
+  need_actors();
   warp_operation(~0u, &call, FASTFORMER_SIMT_CALLER, kFence, [](Thread* const* lanes, unsigned arrived) {
     check_all_lanes(lanes, arrived, kFence);
     const auto& call = *static_cast<const RegistersCall*>(lanes[0]->operand);
@@ -378,12 +383,12 @@ void wgmma_fence(const Registers* registers, int count) {
 
 void wgmma(const Wgmma& product) {
   Wgmma mine = product;
-  need_actors(FASTFORMER_SIMT_CALLER, kBegin);
+  need_actors();
   warp_operation(~0u, &mine, FASTFORMER_SIMT_CALLER, kBegin, begin_product);
 }
 
 void wgmma_commit() {
-  need_actors(FASTFORMER_SIMT_CALLER, "in wgmma_commit");
+  need_actors();
   warp_operation(~0u, nullptr, FASTFORMER_SIMT_CALLER, "in wgmma_commit", [](Thread* const* lanes, unsigned arrived) {
     check_all_lanes(lanes, arrived, "in wgmma_commit");
     WarpProducts& mine = warps[warp_of(lanes)];
@@ -395,7 +400,7 @@ void wgmma_commit() {
 
 void wgmma_wait(int groups, const Registers* registers, int count) {
   RegistersCall call{groups, registers, count};
-  need_actors(FASTFORMER_SIMT_CALLER, kWait);
+  need_actors();
   warp_operation(~0u, &call, FASTFORMER_SIMT_CALLER, kWait, end_products);
 }
 

@@ -25,7 +25,6 @@ enum class Bug {
   half_warps,
   not_all,
   copies_to_peer,
-  mbarrier,
 };
 
 constexpr int kMostBlocks = 8;
@@ -39,7 +38,6 @@ __global__ void normalise(const float* in, float* out, float* shifted, int block
   for (int row = 0; row < rows; ++row) {
     const int64_t begin = (static_cast<int64_t>(row) * gridDim.x + blockIdx.x) * width;
     for (int i = thread; i < width; i += threads) mine[i] = in[begin + i];
-    if constexpr (kBug == Bug::mbarrier) ptx::mbarrier_init(reinterpret_cast<Mbarrier*>(sums), 1);
     if constexpr (kBug == Bug::thread_ended) {
       if (rank == 1 && thread == 3) return;
     }
@@ -109,7 +107,6 @@ simt::TestKernel block_ended("cluster: block ended", &run<Bug::block_ended>);
 simt::TestKernel half_warps("cluster: half warps", &run<Bug::half_warps>);
 simt::TestKernel not_all("cluster: not all", &run<Bug::not_all>);
 simt::TestKernel copies_to_peer("cluster: copies to peer", &run<Bug::copies_to_peer>);
-simt::TestKernel mbarrier("cluster: mbarrier", &run<Bug::mbarrier>);
 
 // --- one block reads of another, and nobody of it
 

@@ -126,6 +126,8 @@ simt::TestKernel n64_ab("wgmma 64 transposed a b", &run<BFloat16, true, true, 8>
 simt::TestKernel n128("wgmma 128", &run<BFloat16, false, false, 16>);
 simt::TestKernel n128_a("wgmma 128 transposed a", &run<BFloat16, true, false, 16>);
 simt::TestKernel n128_b("wgmma 128 transposed b", &run<BFloat16, false, true, 16>);
+simt::TestKernel n192("wgmma 192", &run<BFloat16, false, false, 24>);
+simt::TestKernel n192_b("wgmma 192 transposed b", &run<BFloat16, false, true, 24>);
 simt::TestKernel n256("wgmma 256", &run<BFloat16, false, false, 32>);
 simt::TestKernel n256_ab("wgmma 256 transposed a b", &run<BFloat16, true, true, 32>);
 simt::TestKernel half("wgmma 64 halves transposed b", &run<Half, false, true, 8>);
