@@ -102,9 +102,9 @@ struct BackwardPlace {
 
 template <typename Tile>
 FASTFORMER_DEVICE BackwardPlace backward_place(const Attention& a, const HeadSchedule& schedule) {
-  const auto [sequence_head, key_tile] = schedule.place(blockIdx.x);
-  const Sequence s = sequence_at(a, sequence_head / a.kv_heads);
-  const int kv_head = sequence_head % a.kv_heads, group = a.heads / a.kv_heads, first_key = key_tile * Tile::kKeys;
+  const auto [sequence, kv_head, key_tile] = schedule.place(blockIdx.x);
+  const Sequence s = sequence_at(a, sequence);
+  const int group = a.heads / a.kv_heads, first_key = key_tile * Tile::kKeys;
   TileRange range = query_tiles<Tile::kQueries>(a, s, first_key, Tile::kKeys);
   // Rows beyond the last query may be all that see the keys.
   if (range.begin < range.end &&
@@ -365,12 +365,12 @@ void launch_backward(const AttentionCall& call, const BackwardMaps& maps, const 
   torch::stable::zero_(turns);
   const BackwardSums sums{pointer<float>(lse), pointer<float>(delta), mutable_pointer<float>(grads),
                           mutable_pointer<int>(turns), tiles};
-  const int64_t key_tiles = ceil_div(a.seqlen_k, Tile::kKeys), heads = int64_t{call.sequences} * a.kv_heads;
+  const int64_t key_tiles = ceil_div(a.seqlen_k, Tile::kKeys);
   // Of queries, their gradients, and the sums.
   const int64_t bytes = int64_t{a.heads / a.kv_heads} * a.seqlen_q * kWidth * (2 + 2 + 4);
-  launch(attention_backward_hopper_kernel<T, Tile>, grid_of(heads * key_tiles), dim3(Tile::kThreads),
-         BackwardShared<T, Tile>::kBytes, device.stream, a, maps, head_schedule(device, heads, 1, key_tiles, bytes),
-         sums);
+  launch(attention_backward_hopper_kernel<T, Tile>, grid_of(int64_t{call.sequences} * a.kv_heads * key_tiles),
+         dim3(Tile::kThreads), BackwardShared<T, Tile>::kBytes, device.stream, a, maps,
+         head_schedule(device, call.sequences, a.kv_heads, 1, key_tiles, bytes), sums);
   launch(attention_grad_query_kernel<T, Tile>, grid_of(int64_t{call.sequences} * a.heads * longest),
          dim3(kParts * kWarpgroup), kParts * kPartFloats * sizeof(T), device.stream, a, sums,
          mutable_pointer<T>(grad_query), grad_query.stride(0), grad_query.stride(1), grad_query.stride(2));

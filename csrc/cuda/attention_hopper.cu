@@ -66,9 +66,8 @@ FASTFORMER_DEVICE void load_tiles(const Attention& a, const HopperMaps& maps, co
   typename Shared::KeyRing::Place place;
   int query_parity = 1;
   for (int number = blockIdx.x; number < schedule.heads * schedule.tiles; number += gridDim.x) {
-    const auto [sequence_head, query_tile] = schedule.place(number);
-    const int sequence = sequence_head / a.heads, head = sequence_head % a.heads,
-              first_query = query_tile * Tile::kQueries;
+    const auto [sequence, head, query_tile] = schedule.place(number);
+    const int first_query = query_tile * Tile::kQueries;
     const Sequence s = sequence_at(a, sequence);
     const TileRange range = key_tiles<Tile::kKeys>(a, s, first_query, Tile::kQueries);
     if (first_query >= s.queries) continue;
@@ -115,9 +114,8 @@ FASTFORMER_DEVICE void attend(const Attention& a, const HopperMaps& maps, const 
   int query_parity = 0;
   if (group == Tile::kGroups - 1) pass_turn<Tile>(group);
   for (int number = blockIdx.x; number < schedule.heads * schedule.tiles; number += gridDim.x) {
-    const auto [sequence_head, query_tile] = schedule.place(number);
-    const int sequence = sequence_head / a.heads, head = sequence_head % a.heads,
-              first_query = query_tile * Tile::kQueries;
+    const auto [sequence, head, query_tile] = schedule.place(number);
+    const int first_query = query_tile * Tile::kQueries;
     const Sequence s = sequence_at(a, sequence);
     if (first_query >= s.queries) continue;
     const TileRange range = key_tiles<kKeys>(a, s, first_query, Tile::kQueries);
@@ -245,7 +243,8 @@ void launch_hopper(const AttentionCall& call, const Tensor& output, const Tensor
   const int64_t bytes = int64_t{2} * a.seqlen_k * (a.head_dim + a.value_dim);  // of a head's keys and values
   launch(attention_hopper_kernel<T, Tile>, grid_of(std::min<int64_t>(device.multiprocessors(), heads * tiles)),
          dim3(Tile::kThreads), HopperShared<T, Tile>::kBytes, device.stream, a, maps,
-         head_schedule(device, heads, a.heads / a.kv_heads, tiles, bytes), mutable_pointer<float>(lse));
+         head_schedule(device, call.sequences, a.heads, a.heads / a.kv_heads, tiles, bytes),
+         mutable_pointer<float>(lse));
 }
 
 }  // namespace

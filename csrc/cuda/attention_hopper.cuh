@@ -45,26 +45,30 @@ void for_hopper_width(const AttentionCall& call, Body&& body) {
 // All tiles of all heads: those of `heads_at_once` heads, which find what they share in the L2 cache, the last tile of
 // each first; then those of the next heads.
 struct HeadSchedule {
-  int heads;  // of all sequences
+  int heads, heads_of_sequence;
   int heads_at_once;
   int tiles;  // of a head
 
   struct Place {
-    int sequence_head, tile;
+    int sequence, head, tile;
   };
   FASTFORMER_DEVICE Place place(int number) const {
     const int first = number / (heads_at_once * tiles) * heads_at_once, count = min(heads_at_once, heads - first);
     const int within = number - first * tiles;
-    return {first + within % count, tiles - 1 - within / count};
+    const int head = first + within % count;
+    return {head / heads_of_sequence, head % heads_of_sequence, tiles - 1 - within / count};
   }
 };
 
 // `group` heads that share keys are not parted; their `bytes` are to stay in half of the cache: the rest is for what
 // comes and goes. Raises if the tiles, and a grid more of them, are too many to be numbered by an int.
-inline HeadSchedule head_schedule(const OnDevice& device, int64_t heads, int64_t group, int64_t tiles, int64_t bytes) {
+inline HeadSchedule head_schedule(const OnDevice& device, int sequences, int heads_of_sequence, int64_t group,
+                                  int64_t tiles, int64_t bytes) {
+  const int64_t heads = int64_t{sequences} * heads_of_sequence;
   grid_of(heads * tiles + device.multiprocessors());
   const int64_t groups = std::max<int64_t>(device.l2_bytes() / 2 / bytes, 1);
-  return {static_cast<int>(heads), static_cast<int>(std::min(groups * group, heads)), static_cast<int>(tiles)};
+  return {static_cast<int>(heads), heads_of_sequence, static_cast<int>(std::min(groups * group, heads)),
+          static_cast<int>(tiles)};
 }
 
 // --- rows

@@ -48,4 +48,13 @@ void for_dtypes(DType rows, DType vectors, Body&& body) {
   });
 }
 
+// Calls what it is given with each type of the rows and of the weights, and with the elements of an access.
+#define FASTFORMER_FOR_NORMS(instance)                \
+  FASTFORMER_NORM_PACKS(instance, float, float)       \
+  FASTFORMER_NORM_PACKS(instance, BFloat16, BFloat16) \
+  FASTFORMER_NORM_PACKS(instance, BFloat16, float)    \
+  FASTFORMER_NORM_PACKS(instance, Half, Half)         \
+  FASTFORMER_NORM_PACKS(instance, Half, float)
+#define FASTFORMER_NORM_PACKS(instance, T, W) instance(T, W, 1) instance(T, W, kWidest<T>)
+
 }  // namespace fastformer::cuda

@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kLargeBlock, kLanes == kCluster ? 1 : 0)  // 1
   const int step = team.size() * kCount;
   T* kept = shared_memory<T>() + Team<kLanes>::kSharedBytes / sizeof(T);
   const auto is_kept = [&](int64_t start) { return kLanes == kCluster || start < parts.kept; };
-  T* summed_row = args.summed + row * args.column_count + first;
-  T* output_row = args.output + row * args.column_count + first;
+  const int64_t place = row * args.column_count + first;
+  T* output_row = args.output + place;
   T values[kCount];
 
   // The mean of this thread's columns and the sum of their squared distances from it: those of each step joined to
@@ -123,9 +123,7 @@ __global__ void __launch_bounds__(kLargeBlock, kLanes == kCluster ? 1 : 0)  // 1
   for (int64_t start = 0; start < part_columns; start += step) {
     const int columns = at_most(step, part_columns - start);
     load_summed<kPack>(values, args, row, first + start, columns, team);
-    if (args.summed != nullptr) {
-      store_row<kPack>(summed_row + start, values, columns, team);
-    }
+    if (args.summed != nullptr) store_row<kPack>(args.summed + place + start, values, columns, team);
     if (is_kept(start)) keep_row<kPack>(kept + start, values, columns, team);
     float count = 0.0f;
     for_packs<kPack, kCount>(team, columns, [&](int, int) { count += kPack; });

@@ -12,16 +12,8 @@ void launch_forward_clusters(const NormForward<T, W>& args, const Parts& parts, 
                   kClusterSharedBytes + parts.kept * sizeof(T), device.stream, args, parts);
 }
 
-#define FASTFORMER_NORM_PACK(T, W, pack) \
+#define FASTFORMER_NORM(T, W, pack) \
   template void launch_forward_clusters<T, W, pack>(const NormForward<T, W>&, const Parts&, const OnDevice&);
-#define FASTFORMER_NORM(T, W)   \
-  FASTFORMER_NORM_PACK(T, W, 1) \
-  FASTFORMER_NORM_PACK(T, W, kWidest<T>)
-
-FASTFORMER_NORM(float, float)
-FASTFORMER_NORM(BFloat16, BFloat16)
-FASTFORMER_NORM(BFloat16, float)
-FASTFORMER_NORM(Half, Half)
-FASTFORMER_NORM(Half, float)
+FASTFORMER_FOR_NORMS(FASTFORMER_NORM)
 
 }  // namespace fastformer::cuda
