@@ -33,7 +33,7 @@ FASTFORMER_DEVICE void activate(Activated (&at)[kChunk], const float (&x)[kChunk
 template <typename T, bool kGated>
 struct Activate {
   static constexpr int kSums = kGated ? 2 : 1;
-  static constexpr bool kSumsColumns = false, kSumsA = false;
+  static constexpr bool kSumsColumns = false;
 
   const T* bias1;  // [F], or null
   T* activated;    // [N, F]
@@ -66,7 +66,7 @@ struct Activate {
 template <typename T, bool kGated>
 struct Derive {
   static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = true, kSumsA = false;
+  static constexpr bool kSumsColumns = true;
 
   const T* hidden;  // [N, F], or [N, 2F] = gate beside up
   T* grad_hidden;   // likewise
@@ -113,10 +113,10 @@ struct Derive {
 };
 
 // A product as it is, or with a bias.
-template <typename T, bool kSumsA_ = false>
+template <typename T>
 struct Store {
   static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = false, kSumsA = kSumsA_;
+  static constexpr bool kSumsColumns = false;
 
   const T* bias;  // for every row; or null
   T* upper;       // contiguous, `width` columns

@@ -103,9 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward
                                mutable_pointer<T>(grad_weight1), F, C};
       product<T, kDepth, kDepth>(matrix_of<T>(grad_hidden), matrix_of<T>(x), H, C, N, by_hidden, input, device);
       grad_weight2 = new_matrix(C2, F);
-      const Store<T, true> by_output{nullptr, mutable_pointer<T>(grad_weight2), nullptr, C2, F};
-      const GemmSums of_output = product<T, kDepth, kDepth>(matrix_of<T>(dy), matrix_of<T>(*activated), C2, F, N,
-                                                            by_output, input, device, false, has_bias2);
+      const Store<T> by_output{nullptr, mutable_pointer<T>(grad_weight2), nullptr, C2, F};
+      const GemmSums of_output = product<T, kDepth, kDepth, true>(matrix_of<T>(dy), matrix_of<T>(*activated), C2, F, N,
+                                                                  by_output, input, device, false, has_bias2);
       if (has_bias2) grad_bias2 = sum_of_rows(of_output.of_a.value_or(dy), dtype);
     }
   });

@@ -14,8 +14,7 @@ namespace fastformer::cuda {
   FASTFORMER_PRODUCT(T, outer, depth, Derive<T, false>)   \
   FASTFORMER_PRODUCT(T, outer, depth, Derive<T, true>)    \
   FASTFORMER_PRODUCT(T, outer, depth, Store<T>)           \
-  FASTFORMER_PRODUCT(T, depth, depth, Store<T>)           \
-  FASTFORMER_PRODUCT(T, depth, depth, Store<T, true>)
+  FASTFORMER_PRODUCT(T, depth, depth, Store<T>)
 
 FASTFORMER_PRODUCTS(BFloat16)
 FASTFORMER_PRODUCTS(Half)

@@ -18,15 +18,20 @@ struct HopperOperandTile {
   static constexpr bool kOuterRows = kRowsAre == TileRows::outer;
   static constexpr int kDepth = HopperGemmTile::kDepth;
   using Tile = std::conditional_t<kOuterRows, PanelTile<T, kOuter, kDepth>, PanelTile<T, kDepth, kOuter>>;
+  // Boxes are panels of a tile of a, or of half the rows of a tile of b.
+  static constexpr int kHalfRows = Tile::kRows / 2;
 
-  // Begins to copy it.
-  FASTFORMER_DEVICE static void load(const Tile& to, const TensorMap& map, Mbarrier* full, int outer, int depth) {
+  // Begins to copy a box of each panel to its rows from `first` on, in all `blocks` of the cluster.
+  FASTFORMER_DEVICE static void load(const Tile& to, const TensorMap& map, Mbarrier* full, int outer, int depth,
+                                     int first = 0, int blocks = 1) {
+    const int column = kOuterRows ? depth : outer, row = (kOuterRows ? outer : depth) + first;
 #pragma unroll
     for (int i = 0; i < Tile::kPanels; ++i) {
-      if constexpr (kOuterRows) {
-        ptx::tma_load(to.panel(i), map, full, {depth + i * kPanel, outer});
+      T* panel = to.panel(i) + first * kPanel;
+      if (blocks == 1) {
+        ptx::tma_load(panel, map, full, {column + i * kPanel, row});
       } else {
-        ptx::tma_load(to.panel(i), map, full, {outer + i * kPanel, depth});
+        ptx::tma_load_to(panel, map, full, {column + i * kPanel, row}, (1 << blocks) - 1);
       }
     }
   }
@@ -59,7 +64,7 @@ struct HopperGemmShared {
   using OperandB = HopperOperandTile<T, kRowsOfB, Tile::kColumns>;
   using TileA = typename OperandA::Tile;
   using TileB = typename OperandB::Tile;
-  using Stages = Ring<Tile::kStages>;
+  using Stages = Ring<Tile::kStages, true>;
   static_assert(sizeof(Stages) == Tile::kBarriers * sizeof(Mbarrier));
 
   FASTFORMER_DEVICE static TileA a(int stage, int group) {
@@ -75,38 +80,47 @@ struct HopperGemmShared {
   FASTFORMER_DEVICE static Stages& ring() { return *reinterpret_cast<Stages*>(column_sums(Tile::kWarps)); }
 };
 
-// A tile of c and a part of the depth: what a block does at a time.
+// What a cluster does at a time: a tile for each of its blocks, and a part of the depth.
 struct HopperGemmWork {
-  int row, column;       // where the tile begins; the column of b
-  int part, begin, end;  // begin, end: steps
+  int number;  // part by part
+  int part;
+  int begin, end;  // steps
 };
 
-template <int kSums>
-FASTFORMER_DEVICE HopperGemmWork work_of(const HopperGemmShape& shape, int number) {
-  const int part = number / shape.tiles, begin = part * shape.part_steps;
-  const TilePlace place = place_of<HopperGemmTile>(number % shape.tiles, shape.rows, kSums * shape.columns);
-  return {static_cast<int>(place.row), static_cast<int>(place.column), part, begin,
-          min(begin + shape.part_steps, shape.steps)};
-}
-
-// Calls body(work) for all that this block does.
-template <int kSums, typename Body>
+// Calls body(work) for all that this block's cluster does.
+template <typename Body>
 FASTFORMER_DEVICE void for_work(const HopperGemmShape& shape, Body body) {
-  for (int number = blockIdx.x; number < shape.tiles * shape.parts; number += gridDim.x) {
-    body(work_of<kSums>(shape, number));
+  const int clusters = gridDim.x / shape.blocks;
+  int part = 0;
+  for (int number = blockIdx.x / shape.blocks; number < shape.tiles * shape.parts; number += clusters) {
+    while (number >= (part + 1) * shape.tiles) ++part;  // to divide would take longer
+    const int begin = part * shape.part_steps;
+    body(HopperGemmWork{number, part, begin, min(begin + shape.part_steps, shape.steps)});
   }
 }
 
-// One thread asks for all operands, step by step, as stages become empty.
+// Where the block's tile begins; columns count those of both products.
+template <int kSums>
+FASTFORMER_DEVICE TilePlace tile_of(const HopperGemmShape& shape, int number, int part) {
+  const int rows = (shape.rows + shape.blocks - 1) / shape.blocks;
+  const TilePlace place = place_of<HopperGemmTile>(number - part * shape.tiles, rows, kSums * shape.columns);
+  return {place.row * shape.blocks + ptx::cluster_rank() * HopperGemmTile::kRows, place.column};
+}
+
+// One thread asks for the operands, step by step, as stages become empty. Of two blocks, each brings half of b for
+// both.
 template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, int kSums>
 FASTFORMER_DEVICE void load_operands(const HopperGemmMaps& maps, const HopperGemmShape& shape) {
   using Shared = HopperGemmShared<T, kRowsOfA, kRowsOfB>;
   using OperandA = typename Shared::OperandA;
-  using OperandB = HopperOperandTile<T, kRowsOfB, HopperGemmTile::kColumns / kSums>;
+  using OperandB = typename Shared::OperandB;
   auto& ring = Shared::ring();
   typename Shared::Stages::Place place;
-  for_work<kSums>(shape, [&](const HopperGemmWork& work) {
-    const int row = work.row, column = work.column / kSums;
+  const int rank = ptx::cluster_rank();
+  static_assert(kSums == 1 || OperandB::kOuterRows);
+  for_work(shape, [&](const HopperGemmWork& work) {
+    const TilePlace tile = tile_of<kSums>(shape, work.number, work.part);
+    const int row = tile.row, column = tile.column / kSums;
     for (int step = work.begin; step < work.end; ++step) {
       const bool second = step >= shape.first_steps;
       const int depth = (second ? step - shape.first_steps : step) * HopperGemmTile::kDepth;
@@ -117,9 +131,15 @@ FASTFORMER_DEVICE void load_operands(const HopperGemmMaps& maps, const HopperGem
         OperandA::load(Shared::a(place.stage, group), second ? maps.second_a : maps.a, full,
                        row + group * HopperGemmTile::kGroupRows, depth);
       }
-      const typename OperandB::Tile b{Shared::b(place.stage).data};
-      OperandB::load(b, second ? maps.second_b : maps.b, full, column, depth);
-      if constexpr (kSums == 2) OperandB::load({b.data + b.kElements}, maps.second_b, full, column, depth);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (shape.blocks == 2 && half != rank) continue;
+        const int first = half * OperandB::kHalfRows;
+        // With two factors, a half is the rows of one.
+        const int outer = kSums == 2 ? column - first : column;
+        const bool other = kSums == 2 ? half == 1 : second;
+        OperandB::load(Shared::b(place.stage), other ? maps.second_b : maps.b, full, outer, depth, first, shape.blocks);
+      }
       place.advance();
     }
   });
@@ -143,6 +163,10 @@ class HopperGemmDelivery {
       : shape_(shape), parts_(parts), column_sums_(column_sums), epilogue_(epilogue) {}
 
   FASTFORMER_DEVICE bool is_done() const { return pass_ == kPasses; }
+  // Whether there is a pass to make now that `step` of the `steps` of a tile's products has begun.
+  FASTFORMER_DEVICE bool is_due(int step, int steps) const {
+    return (pass_ - kFind) * steps < (step + 1) * (kPasses - kFind);
+  }
 
   // Takes over a tile's sums. The first turn is staged at once: its registers are enough for what a pass needs.
   FASTFORMER_DEVICE void begin(const Sums& sums, const HopperGemmWork& work) {
@@ -157,31 +181,47 @@ class HopperGemmDelivery {
       }
     }
     stage(first);
-    pass_ = 0;
+    number_ = work.number;
     part_ = work.part;
-    row_ = work.row + threadIdx.x / kWarp * HopperGemmTile::kStagedRows + lane_row();
-    column_ = work.column / kSums + lane_of() % kChunks * kChunk;
-    load_next();
+    pass_ = kFind;
   }
 
   // Makes a pass; all lanes of the group call it, unless it is done.
   FASTFORMER_DEVICE void advance() {
+    if (pass_ == kFind) return find();
 #pragma unroll
     for (int turn = 1; turn < kTurns; ++turn) {
       if (pass_ == turn * kTurnPasses) stage(kept_[turn - 1]);  // of registers none can be chosen by a variable
     }
-    if (exists()) deliver();
+    const Words now = next_;
+    const int pass = pass_, row = row_, column = column_;
+    const bool delivers = exists();
     ++pass_;
     row_ += kRowsAtOnce;
-    if (pass_ % kTurnPasses == 0) {
+    const bool ends_turn = pass_ % kTurnPasses == 0;
+    if (ends_turn) {
       row_ -= HopperGemmTile::kStagedRows;
-      if constexpr (Epilogue::kSumsColumns) end_turn();
       column_ += kColumns;
     }
-    load_next();
+    load_next();  // this pass hides how long that takes
+    if (delivers) deliver(pass, row, column, __builtin_bit_cast(Loaded, now));
+    if constexpr (Epilogue::kSumsColumns) {
+      if (ends_turn) end_turn(column);
+    }
   }
 
  private:
+  static constexpr int kFind = -1;
+
+  // The pass before the first: divides for its place now that products are under way.
+  FASTFORMER_DEVICE void find() {
+    const TilePlace tile = tile_of<kSums>(shape_, number_, part_);
+    row_ = tile.row + threadIdx.x / kWarp * HopperGemmTile::kStagedRows + lane_row();
+    column_ = tile.column / kSums + lane_of() % kChunks * kChunk;
+    pass_ = 0;
+    load_next();
+  }
+
   using Loaded = decltype(std::declval<const Epilogue&>().load(0, 0));
   struct Words {  // whole registers: elements of 16 bits would be taken apart from pass to pass
     uint32_t values[sizeof(Loaded) / 4];
@@ -210,8 +250,8 @@ class HopperGemmDelivery {
     __syncwarp();
   }
 
-  FASTFORMER_DEVICE void deliver() {
-    const int staged_row = lane_row() + pass_ % kTurnPasses * kRowsAtOnce;
+  FASTFORMER_DEVICE void deliver(int pass, int row, int column, const Loaded& loaded) {
+    const int staged_row = lane_row() + pass % kTurnPasses * kRowsAtOnce;
     const int staged_column = lane_of() % kChunks * kChunk;
     float values[kSums][kChunk], mine[kChunk];
 #pragma unroll
@@ -226,7 +266,7 @@ class HopperGemmDelivery {
       }
     }
     if (parts_ == nullptr) {
-      epilogue_(row_, column_, values, __builtin_bit_cast(Loaded, next_), mine);
+      epilogue_(row, column, values, loaded, mine);
       if constexpr (Epilogue::kSumsColumns) {  // they take the place of the sums
 #pragma unroll
         for (int from = 0; from < kChunk; from += 4) {
@@ -238,13 +278,14 @@ class HopperGemmDelivery {
     }
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const int64_t to = ((int64_t{part_} * kSums + i) * shape_.rows + row_) * shape_.columns + column_;
+      const int64_t product = int64_t{part_} * kSums + i;
+      const int64_t to = (product * shape_.rows + row) * shape_.columns + column;
       store_floats<true>(parts_ + to, values[i]);
     }
   }
 
-  // Adds up what the epilogue has for the columns of a turn, over the group's rows.
-  FASTFORMER_DEVICE void end_turn() {
+  // Adds up what the epilogue has for the columns of a turn, over the group's rows. `column` is the lane's.
+  FASTFORMER_DEVICE void end_turn(int column) {
     if (column_sums_ == nullptr) return;
     const int group = threadIdx.x / kWarpgroup, rank = threadIdx.x % kWarpgroup;
     const int rows = shape_.rows - (row_ - lane_row());
@@ -260,7 +301,7 @@ class HopperGemmDelivery {
     }
     ptx::barrier_sync(1 + group, kWarpgroup);
     const int first_row = row_ - row_ % HopperGemmTile::kGroupRows;
-    const int column = column_ - lane_of() % kChunks * kChunk + rank;
+    column += rank - lane_of() % kChunks * kChunk;
     if (rank < kColumns && first_row < shape_.rows && column < shape_.columns) {
       float total = 0.0f;
 #pragma unroll
@@ -273,17 +314,18 @@ class HopperGemmDelivery {
   const HopperGemmShape& shape_;
   float *parts_, *column_sums_;
   const Epilogue& epilogue_;
-  TurnSums kept_[kTurns - 1];                 // of all turns but the first
-  int pass_ = kPasses, part_, row_, column_;  // the next pass, and the lane's place in c
-  Words next_;                                // what the epilogue loads for it
+  TurnSums kept_[kTurns - 1];          // of all turns but the first
+  int number_, part_;                  // of the work
+  int pass_ = kPasses, row_, column_;  // the next pass, and the lane's place in c
+  Words next_;                         // what the epilogue loads for it
 };
 
 // sums = a b over the steps, for the group's rows; all its threads call it. One step's products are under way while the
 // next step's begin, and while `delivery` makes its passes.
 template <typename Shared, typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Sums, typename Delivery>
-FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place& place, int steps,
-                                      Delivery& delivery) {
-  const int group = threadIdx.x / kWarpgroup, passes = (Delivery::kPasses + steps - 1) / steps;  // of a step
+FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place& place, int steps, Delivery& delivery,
+                                      int blocks) {
+  const int group = threadIdx.x / kWarpgroup;
   auto& ring = Shared::ring();
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -299,13 +341,13 @@ FASTFORMER_DEVICE void multiply_steps(Sums& sums, typename Shared::Stages::Place
     }
     ptx::wgmma_commit();
 #pragma unroll 1
-    for (int i = 0; i < passes && !delivery.is_done(); ++i) delivery.advance();
+    while (delivery.is_due(step, steps)) delivery.advance();
     ptx::wgmma_wait<1>(sums.values[0]);
-    if (step > 0) ring.release(place.before());
+    if (step > 0) ring.release(place.before(), blocks);
     place.advance();
   }
   ptx::wgmma_wait<0>(sums.values[0]);
-  ring.release(place.before());
+  ring.release(place.before(), blocks);
 }
 
 template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Epilogue>
@@ -316,55 +358,54 @@ __global__ void __launch_bounds__(HopperGemmTile::kThreads)
                        const __grid_constant__ Epilogue epilogue) {
   using Tile = HopperGemmTile;
   using Shared = HopperGemmShared<T, kRowsOfA, kRowsOfB>;
-  constexpr int kSums = Epilogue::kSums;
   if (threadIdx.x == 0) {
-    Shared::ring().init(1, Tile::kWarps);
+    Shared::ring().init(1, Tile::kWarps * shape.blocks);
     ptx::fence_mbarrier_init();
   }
-  __syncthreads();
+  ptx::cluster_sync();
   if (threadIdx.x / kWarpgroup == Tile::kGroups) {
     ptx::fewer_registers<Tile::kLoadingRegisters>();
-    if (threadIdx.x % kWarpgroup == 0) load_operands<T, kRowsOfA, kRowsOfB, kSums>(maps, shape);
-    return;
-  }
-  ptx::more_registers<Tile::kRegisters>();
-  HopperGemmDelivery<Shared, Epilogue> delivery(shape, parts, column_sums, epilogue);
-  Accumulator<1, Tile::kColumns / 8> sums;
-  sums.fill(0.0f);
-  typename Shared::Stages::Place stage;
-  for_work<kSums>(shape, [&](const HopperGemmWork& work) {
-    multiply_steps<Shared, T, kRowsOfA, kRowsOfB>(sums, stage, work.end - work.begin, delivery);
-    delivery.begin(sums, work);
-  });
+    if (threadIdx.x % kWarpgroup == 0) load_operands<T, kRowsOfA, kRowsOfB, Epilogue::kSums>(maps, shape);
+    __syncwarp();  // cluster_sync is for whole warps
+  } else {
+    ptx::more_registers<Tile::kRegisters>();
+    HopperGemmDelivery<Shared, Epilogue> delivery(shape, parts, column_sums, epilogue);
+    Accumulator<1, Tile::kColumns / 8> sums;
+    sums.fill(0.0f);
+    typename Shared::Stages::Place stage;
+    for_work(shape, [&](const HopperGemmWork& work) {
+      multiply_steps<Shared, T, kRowsOfA, kRowsOfB>(sums, stage, work.end - work.begin, delivery, shape.blocks);
+      delivery.begin(sums, work);
+    });
 #pragma unroll 1
-  while (!delivery.is_done()) delivery.advance();
+    while (!delivery.is_done()) delivery.advance();
+  }
+  ptx::cluster_sync();  // a block's mbarriers are there until the other has arrived at them for the last time
 }
 
 // --- launcher
 
-// Boxes of a step of the depth by outer_rows, or of a step by a panel.
-template <TileRows kRowsAre, typename T>
-TensorMap map_of(const Matrix<T>& matrix, int outer_rows) {
+// Boxes of so many rows by a panel.
+template <typename T>
+TensorMap map_of(const Matrix<T>& matrix, int rows) {
   constexpr DType kType = __is_same(T, BFloat16) ? DType::bfloat16 : DType::float16;
-  return tensor_map(Boxes<2>{matrix.data,
-                             kType,
-                             {matrix.columns, matrix.rows},
-                             {1, matrix.stride},
-                             {kPanel, kRowsAre == TileRows::outer ? outer_rows : HopperGemmTile::kDepth},
-                             Swizzle::bytes128});
+  return tensor_map(Boxes<2>{
+      matrix.data, kType, {matrix.columns, matrix.rows}, {1, matrix.stride}, {kPanel, rows}, Swizzle::bytes128});
 }
 
 template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename Epilogue>
 void launch_gemm_hopper(const HopperGemmOperands<T>& operands, const HopperGemmShape& shape, const GemmResults& results,
                         const Epilogue& epilogue, const OnDevice& device) {
   using Tile = HopperGemmTile;
-  constexpr int kColumns = Tile::kColumns / Epilogue::kSums;
-  const HopperGemmMaps maps{map_of<kRowsOfA>(operands.a, Tile::kGroupRows),
-                            map_of<kRowsOfA>(operands.second_a, Tile::kGroupRows),
-                            map_of<kRowsOfB>(operands.b, kColumns), map_of<kRowsOfB>(operands.second_b, kColumns)};
-  const int64_t blocks = std::min<int64_t>(int64_t{shape.tiles} * shape.parts, device.multiprocessors());
-  launch(gemm_hopper_kernel<T, kRowsOfA, kRowsOfB, Epilogue>, grid_of(blocks), dim3(Tile::kThreads), Tile::kSharedBytes,
-         device.stream, maps, shape, results.parts, results.column_sums, epilogue);
+  using Shared = HopperGemmShared<T, kRowsOfA, kRowsOfB>;
+  constexpr int kRowsA = Shared::TileA::kRows, kRowsB = Shared::OperandB::kHalfRows;
+  const HopperGemmMaps maps{map_of(operands.a, kRowsA), map_of(operands.second_a, kRowsA), map_of(operands.b, kRowsB),
+                            map_of(operands.second_b, kRowsB)};
+  const int64_t clusters =
+      std::min<int64_t>(int64_t{shape.tiles} * shape.parts, device.multiprocessors() / shape.blocks);
+  launch_clusters(gemm_hopper_kernel<T, kRowsOfA, kRowsOfB, Epilogue>, shape.blocks, grid_of(clusters * shape.blocks),
+                  dim3(Tile::kThreads), Tile::kSharedBytes, device.stream, maps, shape, results.parts,
+                  results.column_sums, epilogue);
 }
 
 }  // namespace fastformer::cuda

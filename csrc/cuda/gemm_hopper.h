@@ -2,6 +2,8 @@
 // gemm_hopper.cuh's.
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "gemm_kernel.cuh"
@@ -25,7 +27,7 @@ struct HopperGemmTile {
   static constexpr int kBarriers = 2 * kStages;
   static constexpr int kSharedBytes =
       kStages * kStageElements * 2 + kWarps * (kStagedFloats + kStagedColumns) * 4 + kBarriers * 8;
-  static constexpr int kGroupedTiles = 16;  // 132 blocks then have about as many rows as columns between them
+  static constexpr int kGroupedTiles = 8;  // 66 clusters of two then have about as many rows as columns between them
 };
 static_assert(HopperGemmTile::kGroupRows == kSumRows);  // the rows of c in a row of column_sums, in parts or not
 
@@ -38,9 +40,10 @@ struct HopperGemmOperands {
 };
 
 struct HopperGemmShape {
-  int rows, columns;       // of c, where columns are those of one of the kSums products
-  int tiles;               // of c
-  int parts, part_steps;   // of the depth: a part's steps, but for the last
+  int rows, columns;      // of c, where columns are those of one of the kSums products
+  int blocks;             // of a cluster, 1 or 2: one's tile lies below the other's, and they share what they read of b
+  int tiles;              // of c, as many blocks as a cluster has together
+  int parts, part_steps;  // of the depth: a part's steps, but for the last
   int steps, first_steps;  // of all the depth, of the first matrices
 };
 
@@ -68,25 +71,49 @@ HopperGemmOperands<T> hopper_operands(const Matrix<T>& a, const Stacked<T>& b, i
           lower};
 }
 
-// How a product is shared out among blocks, or nothing where other tiles suit it better: as for large tiles on other
-// devices, the blocks, with the depth in parts of at least 1024, are for half of the multiprocessors, and neither rows
-// nor columns fill half a tile or less.
+// Cycles, by count, of a step of a tile: those of its wgmmas, for a cluster of two, whose blocks ask the L2 cache for
+// 37 bytes a cycle. A block by itself asks for 53, and may have to wait.
+constexpr int64_t kPairedStepCycles = 768, kStepCycles = 864;
+// What parts of the depth cost: another kernel, and 8 bytes to and from memory for each of their sums.
+constexpr int64_t kLaunchCycles = 4096, kSumsPerCycle = 256;
+
+// How a product is shared out among blocks so that it takes the fewest cycles, or nothing where other tiles suit it
+// better: as for large tiles on other devices, blocks are for half of the multiprocessors, and neither rows nor columns
+// fill half a tile or less. The depth is in parts of at least 1024.
 inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t columns, int sums, int64_t first_depth,
                                                        int64_t second_depth, int64_t multiprocessors) {
   using Tile = HopperGemmTile;
   const int64_t first_steps = ceil_div(first_depth, Tile::kDepth);
-  const int64_t steps = first_steps + ceil_div(second_depth, Tile::kDepth);
-  const int64_t all_columns = sums * columns;
-  const DepthParts parts = depth_parts<Tile>(rows, all_columns, steps * Tile::kDepth, kLeastLargePart, multiprocessors);
-  if (2 * rows <= Tile::kRows || 2 * all_columns <= Tile::kColumns || 2 * parts.blocks < multiprocessors) return {};
-  if (std::max(all_columns, parts.blocks) >= int64_t{1} << 30) return {};  // the kernel counts by int
-  return HopperGemmShape{static_cast<int>(rows),
-                         static_cast<int>(columns),
-                         static_cast<int>(parts.blocks / parts.count),
-                         static_cast<int>(parts.count),
-                         static_cast<int>(parts.depth / Tile::kDepth),
-                         static_cast<int>(steps),
-                         static_cast<int>(first_steps)};
+  const int64_t steps = first_steps + ceil_div(second_depth, Tile::kDepth), all_columns = sums * columns;
+  if (2 * rows <= Tile::kRows || 2 * all_columns <= Tile::kColumns) return {};
+  const int64_t down = ceil_div(rows, Tile::kRows), across = ceil_div(all_columns, Tile::kColumns);
+  if (std::max({rows, all_columns, steps, down * across}) >= int64_t{1} << 26) return {};  // the kernel counts by int
+  // No more than make four turns: their sums take memory.
+  const int64_t most_parts = std::min(steps * Tile::kDepth / kLeastLargePart, 4 * multiprocessors / (down * across));
+  HopperGemmShape best{};
+  int64_t fewest_cycles = std::numeric_limits<int64_t>::max();
+  for (const int blocks : {1, 2}) {
+    if (blocks > std::min(down, multiprocessors)) break;
+    const int64_t tiles = ceil_div(down, blocks) * across, clusters = multiprocessors / blocks;
+    for (int64_t parts = 1; parts <= std::max<int64_t>(most_parts, 1); ++parts) {
+      const int64_t part_steps = ceil_div(steps, parts);
+      if (ceil_div(steps, part_steps) < parts) continue;
+      int64_t cycles = ceil_div(tiles * parts, clusters) * part_steps * (blocks == 2 ? kPairedStepCycles : kStepCycles);
+      if (parts > 1) cycles += kLaunchCycles + parts * rows * all_columns / kSumsPerCycle;
+      if (cycles >= fewest_cycles) continue;
+      fewest_cycles = cycles;
+      best = {.rows = static_cast<int>(rows),
+              .columns = static_cast<int>(columns),
+              .blocks = blocks,
+              .tiles = static_cast<int>(tiles),
+              .parts = static_cast<int>(parts),
+              .part_steps = static_cast<int>(part_steps),
+              .steps = static_cast<int>(steps),
+              .first_steps = static_cast<int>(first_steps)};
+    }
+  }
+  if (2 * down * across * best.parts < multiprocessors) return {};
+  return best;
 }
 
 // Whether TMA takes it: its coordinates are int, and rows don't overlap.
@@ -97,7 +124,8 @@ bool suits_tma(const Matrix<T>& matrix) {
 }
 
 // gemm() by the kernel that suits device and sizes. The one for Hopper leaves the sums of a to the caller.
-template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
+template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, bool kSumsA = false, typename A, typename B,
+          typename Epilogue>
 GemmSums product(const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
                  const Tensor& like, const OnDevice& device, bool sums_columns = false, bool sums_a = false) {
   if constexpr (FASTFORMER_HAS_HOPPER) {
@@ -114,7 +142,7 @@ GemmSums product(const A& a, const B& b, int64_t rows, int64_t columns, int64_t 
                                sums_columns, false, multiply);
     }
   }
-  return gemm<T, kRowsOfA, kRowsOfB>(a, b, rows, columns, depth, epilogue, like, device, sums_columns, sums_a);
+  return gemm<T, kRowsOfA, kRowsOfB, kSumsA>(a, b, rows, columns, depth, epilogue, like, device, sums_columns, sums_a);
 }
 
 }  // namespace fastformer::cuda

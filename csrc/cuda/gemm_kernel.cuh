@@ -3,7 +3,6 @@
 // An epilogue is a struct that a launch copies to the device, with
 //   static constexpr int kSums;          // products that share a: 2 with a Pair b
 //   static constexpr bool kSumsColumns;  // whether it adds anything to column_sums
-//   static constexpr bool kSumsA;        // whether row_sums, of a over its depth, may be asked for
 //   Loaded load(int64_t row, int64_t column) const;
 //   void operator()(int64_t row, int64_t column, float (&values)[kSums][kChunk], const Loaded& loaded,
 //                   float (&column_sums)[kChunk]) const;
@@ -30,7 +29,12 @@ using Chunk = Pack<T, kChunk>;
 // Of the bias, for every row; zeros if there is none.
 template <typename T>
 FASTFORMER_DEVICE Chunk<T> load_bias(const T* bias, int64_t column) {
-  return bias == nullptr ? Chunk<T>{} : load<kChunk>(bias + column);
+  // As whole registers: chosen as elements, they would be put together again before anything else happens.
+  struct Words {
+    uint32_t values[sizeof(Chunk<T>) / 4];
+  } words{};
+  if (bias != nullptr) words = __builtin_bit_cast(Words, load<kChunk>(bias + column));
+  return __builtin_bit_cast(Chunk<T>, words);
 }
 template <typename T>
 FASTFORMER_DEVICE void add(float (&values)[kChunk], const Chunk<T>& bias) {
@@ -55,12 +59,13 @@ FASTFORMER_DEVICE void sum_over_rows(float (&column_sums)[kChunk]) {
   }
 }
 
-template <typename Tile, typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
+template <typename Tile, typename T, TileRows kRowsOfA, TileRows kRowsOfB, bool kSumsA, typename A, typename B,
+          typename Epilogue>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks)
     gemm_kernel(const A a, const B b, const GemmShape shape,
                 float* parts,        // [parts, kSums, rows, columns]: each part's sums, without an epilogue; or null
                 float* column_sums,  // [tiles down, columns]: the epilogue's; or null
-                float* row_sums,     // [parts, rows]: of a over each part of the depth; or null
+                float* row_sums,     // [parts, rows]: of a over each part of the depth, with kSumsA; or null
                 const Epilogue epilogue) {
   constexpr int kSums = Epilogue::kSums;
   const TilePlace place =
@@ -69,7 +74,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kLeastBlocks)
   typename Tile::Sums sums;
   sums.fill(0.0f);
   const int64_t depth_end = first_depth + (left < shape.part_depth ? left : shape.part_depth);
-  if constexpr (Epilogue::kSumsA) {
+  if constexpr (kSumsA) {
     // Each column of a's product with ones. One warp in each row of tiles does that, for an eighth more work.
     const bool is_first = row_sums != nullptr && place.column == 0 && Tile::warp_column() == 0;
     const uint32_t ones[2] = {pack_pair<T>(1.0f, 1.0f), pack_pair<T>(1.0f, 1.0f)};
@@ -282,8 +287,10 @@ GemmSums multiply_in_parts(int64_t part_count, int64_t summed_rows, int64_t rows
   return sums;
 }
 
-// c = a b, as far as `epilogue` stores it: rows and columns of c, by the depth; none is 0.
-template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, typename A, typename B, typename Epilogue>
+// c = a b, as far as `epilogue` stores it: rows and columns of c, by the depth; none is 0. The sums of a over the depth
+// may be asked for with kSumsA.
+template <typename T, TileRows kRowsOfA, TileRows kRowsOfB, bool kSumsA = false, typename A, typename B,
+          typename Epilogue>
 GemmSums gemm(const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth, const Epilogue& epilogue,
               const Tensor& like, const OnDevice& device, bool sums_columns = false, bool sums_a = false) {
   const GemmPlan plan = plan_gemm(rows, Epilogue::kSums * columns, depth, device.multiprocessors());
@@ -292,7 +299,7 @@ GemmSums gemm(const A& a, const B& b, int64_t rows, int64_t columns, int64_t dep
       const auto operand_b = for_tile<Tile>(b);
       const int64_t columns_of_b = kRowsOfB == TileRows::outer ? operand_b.rows : operand_b.columns;
       const int64_t tiles = ceil_div(rows, Tile::kRows) * ceil_div(columns_of_b, Tile::kColumns);
-      launch(gemm_kernel<Tile, T, kRowsOfA, kRowsOfB, A, std::remove_const_t<decltype(operand_b)>, Epilogue>,
+      launch(gemm_kernel<Tile, T, kRowsOfA, kRowsOfB, kSumsA, A, std::remove_const_t<decltype(operand_b)>, Epilogue>,
              dim3(tiles, plan.parts.count), dim3(Tile::kThreads), Tile::kSharedBytes, device.stream, a, operand_b,
              GemmShape{rows, columns, depth, plan.parts.depth}, results.parts, results.column_sums, results.row_sums,
              epilogue);

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kSmallBlock)
 template <typename T>
 struct LogitsToGradient {
   static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = true, kSumsA = false;
+  static constexpr bool kSumsColumns = true;
 
   const T* bias;          // [columns], or null
   const int64_t* target;  // [N]
@@ -164,7 +164,7 @@ struct LogitsToGradient {
 template <typename T>
 struct AddTo {
   static constexpr int kSums = 1;
-  static constexpr bool kSumsColumns = false, kSumsA = false;
+  static constexpr bool kSumsColumns = false;
 
   float* total;  // [rows, width]; unread by the first
   T* result;     // [rows, width]; null for all but the last

@@ -55,8 +55,9 @@ struct RingPlace {
 };
 
 // The mbarriers of a ring. A producer waits until a stage is empty, and has TMA fill it; consumers wait until it is
-// full, and each of their warps says when it has read it.
-template <int kStages_>
+// full, and each of their warps says when it has read it: kOfCluster to all blocks of the cluster, whose producers fill
+// each other's stages.
+template <int kStages_, bool kOfCluster = false>
 struct Ring {
   static constexpr int kStages = kStages_;
   using Place = RingPlace<kStages>;
@@ -78,9 +79,15 @@ struct Ring {
     ptx::mbarrier_arrive_expect(&full[place.stage], bytes);
   }
   FASTFORMER_DEVICE void wait_full(const Place& place) { ptx::mbarrier_wait(&full[place.stage], place.parity); }
-  // By all lanes of a warp.
-  FASTFORMER_DEVICE void release(const Place& place) {
-    if (lane_of() == 0) ptx::mbarrier_arrive(&empty[place.stage]);
+  // By all lanes of a warp; `blocks` are the cluster's.
+  FASTFORMER_DEVICE void release(const Place& place, int blocks = 1) {
+    const int lane = lane_of();
+    if (lane >= blocks) return;
+    if constexpr (kOfCluster) {
+      ptx::mbarrier_arrive_at(&empty[place.stage], lane);
+    } else {
+      ptx::mbarrier_arrive(&empty[place.stage]);
+    }
   }
 };
 
