@@ -101,6 +101,9 @@ def test_a_step_of_a_matrix_product_on_hopper_has_the_instructions_counted_by_ha
         # the last one after all.
         waits = [i for i, line in enumerate(code) if "WARPGROUP.DEPBAR" in line]
         assert len(waits) == 2, name
+        # A stage is given back behind the wait for what reads it: of that the relaxed arrival is no order.
+        gives = [i for i, line in enumerate(code) if "SYNCS.ARRIVE.TRANS64.RED" in line]
+        assert len(gives) == 2 and waits[0] < gives[0] < waits[1] < gives[1], name
         stores = [i for i, line in enumerate(code) if "STG.E.128" in line]
         assert any(products[-1] < i < waits[0] for i in stores) and any(i > waits[1] for i in stores), name
         assert not any(waits[0] < i < waits[1] for i in stores), name

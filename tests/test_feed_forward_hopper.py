@@ -104,6 +104,7 @@ def test_edges_of_tiles(
         ((70, 2056, 104, 136), True, 4, 1),
         ((70, 136, 136, 2056), False, 2, 1),  # the gradient by the activated values, with sums over its columns
         ((70, 136, 136, 2056), True, 2, 1),
+        ((260, 136, 136, 2056), False, 8, 1),  # the same by clusters
         ((70, 136, 1544, 136), True, 3, 1),  # input's gradient: the second of three parts is of both weights
         ((70, 136, 2056, 136), True, 4, 2),  # the same of four parts, and the second
         ((70, 136, 2048, 136), True, 4, 2),  # the second part ends where the first weight does
@@ -222,6 +223,7 @@ def test_all_products_of_both_passes_are_hoppers(target: Target, set_device: Set
         ((70, 136, 136, 8), {"multiprocessors": 3}, False),  # more than twice the tiles
         ((70, 2048, 136, 8), {"multiprocessors": 3}, True),  # two parts
         ((70, 2048, 136, 8), {"multiprocessors": 5}, False),
+        ((1024, 2048, 1024, 8), {"multiprocessors": 132}, True),  # two parts, though one is as good: that is few blocks
         ((70, 136, 136, 8), {"overlapping": True}, False),
     ],
     ids=str,

@@ -71,15 +71,15 @@ HopperGemmOperands<T> hopper_operands(const Matrix<T>& a, const Stacked<T>& b, i
           lower};
 }
 
-// Cycles, by count, of a step of a tile: those of its wgmmas, for a cluster of two, whose blocks ask the L2 cache for
-// 37 bytes a cycle. A block by itself asks for 53, and may have to wait.
+// Cycles of a step of a tile, by count: those of its wgmmas for a cluster of two, whose blocks ask the L2 cache for 37
+// bytes a cycle; for a block by itself, which asks for 53, an eighth more to wait for them.
 constexpr int64_t kPairedStepCycles = 768, kStepCycles = 864;
 // What parts of the depth cost: another kernel, and 8 bytes to and from memory for each of their sums.
 constexpr int64_t kLaunchCycles = 4096, kSumsPerCycle = 256;
 
 // How a product is shared out among blocks so that it takes the fewest cycles, or nothing where other tiles suit it
 // better: as for large tiles on other devices, blocks are for half of the multiprocessors, and neither rows nor columns
-// fill half a tile or less. The depth is in parts of at least 1024.
+// fill half a tile or less. Parts of the depth are at least 1024 but for the last.
 inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t columns, int sums, int64_t first_depth,
                                                        int64_t second_depth, int64_t multiprocessors) {
   using Tile = HopperGemmTile;
@@ -97,7 +97,7 @@ inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t col
     const int64_t tiles = ceil_div(down, blocks) * across, clusters = multiprocessors / blocks;
     for (int64_t parts = 1; parts <= std::max<int64_t>(most_parts, 1); ++parts) {
       const int64_t part_steps = ceil_div(steps, parts);
-      if (ceil_div(steps, part_steps) < parts) continue;
+      if (ceil_div(steps, part_steps) < parts || 2 * down * across * parts < multiprocessors) continue;
       int64_t cycles = ceil_div(tiles * parts, clusters) * part_steps * (blocks == 2 ? kPairedStepCycles : kStepCycles);
       if (parts > 1) cycles += kLaunchCycles + parts * rows * all_columns / kSumsPerCycle;
       if (cycles >= fewest_cycles) continue;
@@ -112,7 +112,7 @@ inline std::optional<HopperGemmShape> plan_gemm_hopper(int64_t rows, int64_t col
               .first_steps = static_cast<int>(first_steps)};
     }
   }
-  if (2 * down * across * best.parts < multiprocessors) return {};
+  if (best.blocks == 0) return {};
   return best;
 }
 
@@ -131,10 +131,14 @@ GemmSums product(const A& a, const B& b, int64_t rows, int64_t columns, int64_t 
   if constexpr (FASTFORMER_HAS_HOPPER) {
     const HopperGemmOperands<T> operands = hopper_operands(a, b, depth);
     const bool suits = device.is_hopper() && device.shared_memory_limit() >= HopperGemmTile::kSharedBytes &&
-                       suits_tma(operands.a) && suits_tma(operands.b) && suits_tma(operands.second_b);
-    const auto shape = plan_gemm_hopper(rows, columns, Epilogue::kSums, operands.first_depth, operands.second_depth,
-                                        device.multiprocessors());
-    if (suits && shape.has_value()) {
+                       suits_tma(operands.a) && suits_tma(operands.second_a) && suits_tma(operands.b) &&
+                       suits_tma(operands.second_b);
+    std::optional<HopperGemmShape> shape;
+    if (suits) {
+      shape = plan_gemm_hopper(rows, columns, Epilogue::kSums, operands.first_depth, operands.second_depth,
+                               device.multiprocessors());
+    }
+    if (shape.has_value()) {
       const auto multiply = [&](const GemmResults& results) {
         launch_gemm_hopper<T, kRowsOfA, kRowsOfB>(operands, *shape, results, epilogue, device);
       };

@@ -307,7 +307,7 @@ GemmSums gemm(const A& a, const B& b, int64_t rows, int64_t columns, int64_t dep
     plan.large ? launch_tiles.template operator()<LargeTile>() : launch_tiles.template operator()<SmallTile>();
   };
   return multiply_in_parts(plan.parts.count, plan.summed_rows(), rows, columns, epilogue, like, device, sums_columns,
-                           sums_a, multiply);
+                           kSumsA && sums_a, multiply);
 }
 
 }  // namespace fastformer::cuda

@@ -53,9 +53,9 @@ FASTFORMER_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
   } while (done == 0);
 }
 
-// mbarrier.arrive at the one that block `rank` of the cluster has where this one has `barrier`. Relaxed: it passes on
-// what products and copies did that this thread has waited for, and nothing that threads did. To release that at the
-// scope of a cluster would wait for all of the thread's stores to global memory (MEMBAR.ALL.GPU).
+// mbarrier.arrive at the one that block `rank` of the cluster has where this one has `barrier`. Relaxed: products and
+// copies that this thread has waited for have read and written by then; of what threads did it passes on nothing. To
+// release that at the scope of a cluster would wait for all of the thread's stores to global memory (MEMBAR.ALL.GPU).
 FASTFORMER_DEVICE void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
