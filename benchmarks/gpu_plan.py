@@ -2,8 +2,8 @@
 
 The parts run one after the other, those of most worth first, each as processes with a time of their own. What a part
 leaves of its time goes to those behind it; one that takes longer is stopped, and what it wrote until then is kept.
-DIR/PART.log has what a part printed, DIR/results what benchmarks/results can keep, DIR/tuning.json the table of
-`fastformer tune`.
+DIR/PART.log has what a part printed, DIR/results what benchmarks/results can keep, DIR/tiles.json the times of the
+Triton kernels' tiles and the lines of source for faster ones, DIR/tuning.json the table of `fastformer tune`.
 
 Needs no network, and the installed fastformer is what is tested, which may come from a wheel. Imports nothing but
 Python's own, so that no broken package ends it.
@@ -143,9 +143,9 @@ def parts(out: Path, gpu: str) -> list[Part]:
     return [
         Part("env", 4, 15, _environment()),
         Part("kernels", 17, 30, (_kernels(),)),
-        Part("bench", 36, 60, tuple(_bench(family, name, out) for family in FAMILIES)),
-        Part("sanitizer", 17, 40, tuple(map(_sanitizer, SANITIZERS)), missing=_missing("compute-sanitizer")),
-        Part("sweep", 14, 30, (_sweep(out),)),
+        Part("bench", 34, 60, tuple(_bench(family, name, out) for family in FAMILIES)),
+        Part("sanitizer", 15, 40, tuple(map(_sanitizer, SANITIZERS)), missing=_missing("compute-sanitizer")),
+        Part("sweep", 20, 40, (_tiles(out), _sweep(out))),
         Part("tests", 6, 20, (_tests(),)),
         Part("ncu", 8, 30, tuple(_ncu(family, out) for family in FAMILIES), missing=_missing("ncu")),
     ]
@@ -193,6 +193,11 @@ def _sanitizer(tool: str) -> Command:
     options = ("--tool", tool, "--error-exitcode", "1")
     script = (PYTHON, str(TESTS / "gpu_cases.py"), "--seconds", SECONDS_ARGUMENT)
     return Command(tool, (find("compute-sanitizer"), *options, *script), environment)
+
+
+def _tiles(out: Path) -> Command:
+    options = ("--seconds", SECONDS_ARGUMENT, "--json", str(out / "tiles.json"))
+    return Command("tiles", (PYTHON, "-m", "fastformer.benchmarks.tile_sweep", *options))
 
 
 def _sweep(out: Path) -> Command:

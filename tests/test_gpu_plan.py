@@ -281,7 +281,7 @@ def test_environment_must_have_both_families(
 def test_sweep_tunes_until_the_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (command,) = real_commands(tmp_path)["sweep"]
+    _, command = real_commands(tmp_path)["sweep"]
     python, option, code, *arguments = command.arguments
     assert (python, option) == (PYTHON, "-c")
     statuses, tuned = [0, 1, 0, 130], []
@@ -303,6 +303,29 @@ def test_sweep_tunes_until_the_time_is_over(
     assert set(gpu_plan.TUNED) <= set(tune_trials.OPERATIONS)
     monkeypatch.setenv("FASTFORMER_TUNING", command.environment["FASTFORMER_TUNING"])
     assert tuning.path() == tmp_path / "tuning.json"
+
+
+def test_sweep_begins_with_the_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the GPU, until the time is over."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from fastformer.benchmarks import tile_sweep
+
+    seen: list[tuple] = []
+
+    def sweep(swept: str, timer: str, environment: str, is_over: Callable[[], bool], file: Path) -> int:
+        seen.append((swept, timer, environment, is_over(), is_over(), file))
+        return 7
+
+    monkeypatch.setattr(tile_sweep, "run", sweep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "available", lambda *where: where == ("triton", "cuda"))
+    for module, name in ((tile_sweep, "entries"), (tile_sweep, "timer_for"), (tile_sweep.machine, "environment")):
+        monkeypatch.setattr(module, name, lambda device, name=name: f"{name} of {device}")
+    monkeypatch.setattr(time, "monotonic", iter((1000.0, 1029.9, 1030.1)).__next__)
+    tiles, _ = real_commands(tmp_path)["sweep"]
+    assert tile_sweep.main(module_arguments(tiles, "fastformer.benchmarks.tile_sweep")) == 7
+    on_gpu = ("entries of cuda", "timer_for of cuda", "environment of cuda")
+    assert seen == [(*on_gpu, False, True, tmp_path / "tiles.json")]
 
 
 def test_programs_are_found_in_the_toolkit_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
