@@ -218,8 +218,15 @@ class Planted:
         return self.name
 
 
-def expect_report(emulator: ModuleType, bug: Planted, kernel: Callable[[ModuleType, str], object]) -> None:
-    """Runs the kernel with the bug."""
+def expect_report(
+    emulator: ModuleType, bug: Planted, kernel: Callable[[ModuleType, str], object], random_orders: int = 0
+) -> None:
+    """Runs the kernel with the bug: what is found on the ordered schedule, and that something is on so many others."""
+    for seed in range(random_orders):
+        emulator.set_seed(seed)
+        with pytest.raises(RuntimeError, match="simt: "):
+            kernel(emulator, bug.name)
+    emulator.set_seed(None)
     with pytest.raises(RuntimeError, match=f"  {bug.kind}: "):
         kernel(emulator, bug.name)
     found = [
