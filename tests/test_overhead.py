@@ -1,5 +1,6 @@
-"""What a call costs beside its kernel. Least times of many short runs in turn, which a busy machine hardly moves."""
+"""What a call costs beside its kernel, in calls of a small Python function, whatever the speed of the processor."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -16,16 +17,26 @@ Call = Callable[..., object]
 X, ROW, HEADS, MATRIX, ANGLES = (torch.randn(*size) for size in ((8, 64), (64,), (1, 2, 8, 16), (64, 64), (8, 8)))
 
 
-def least_times(*calls: Callable[[], object], runs: int = 60, calls_a_run: int = 50) -> list[float]:
-    """Microseconds a call."""
-    least = [float("inf")] * len(calls)
+def small_call(x: torch.Tensor, *, scale: float = 1.0) -> float:
+    """What costs are counted in: 0.1 us on a Zen 5 at full speed."""
+    return scale if type(x) is torch.Tensor and x.is_cpu else 0.0
+
+
+def costs(*calls: Callable[[], object], runs: int = 60, calls_a_run: int = 50) -> list[float]:
+    """Of each call, in small calls. Medians over runs in turn: a processor's speed can halve between two runs."""
+    found: list[list[float]] = [[] for _ in calls]
     for _ in range(runs):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            for _ in range(calls_a_run):
-                call()
-            least[i] = min(least[i], (time.perf_counter() - start) / calls_a_run * 1e6)
-    return least
+        unit, *times = (_time(call, calls_a_run) for call in (lambda: small_call(X, scale=2.0), *calls))
+        for costs_of_one, seconds in zip(found, times):
+            costs_of_one.append(seconds / unit)
+    return [statistics.median(x) for x in found]
+
+
+def _time(call: Callable[[], object], calls_a_run: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls_a_run):
+        call()
+    return time.perf_counter() - start
 
 
 @needs_library
@@ -59,8 +70,8 @@ def test_a_function_costs_little_more_than_its_operator(
     call: Callable[[], object], operator: Callable[[], object]
 ) -> None:
     with torch.no_grad(), fastformer.backend("cpu"):
-        ours, raw = least_times(call, operator)
-    assert ours <= raw + 1.5, f"{ours:.2f} us, the operator {raw:.2f} us"
+        ours, raw = costs(call, operator)
+    assert ours <= raw + 5, f"{ours:.1f} small calls, the operator {raw:.1f}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,8 +83,8 @@ def test_a_small_layer_norm_with_its_backward(dtype: torch.dtype) -> None:
         return lambda: torch.autograd.grad(module(x), wanted, grad)
 
     modules = nn.LayerNorm(64, dtype=dtype), torch.nn.LayerNorm(64, dtype=dtype)
-    ours, theirs = least_times(*map(step, modules), runs=200)
-    assert ours <= 1.25 * theirs, f"{ours:.2f} us, torch's {theirs:.2f} us"
+    ours, theirs = costs(*map(step, modules), runs=200)
+    assert ours <= 1.25 * theirs, f"{ours:.1f} small calls, torch's {theirs:.1f}"
 
 
 def add_layer_norm(x: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,5 +106,5 @@ def test_a_small_call_costs_what_torchs_costs(ours: Call, torchs: Call, dtype: t
     x, row = X.to(dtype), ROW.to(dtype)
     torch.testing.assert_close(ours(x, row), torchs(x, row), rtol=0, atol=0)
     with torch.no_grad(), fastformer.backend("auto"):
-        mine, theirs = least_times(lambda: ours(x, row), lambda: torchs(x, row), runs=200)
-    assert mine <= theirs + 1.0, f"{mine:.2f} us, torch's {theirs:.2f} us"
+        mine, theirs = costs(lambda: ours(x, row), lambda: torchs(x, row), runs=200)
+    assert mine <= theirs + 10, f"{mine:.1f} small calls, torch's {theirs:.1f}"
