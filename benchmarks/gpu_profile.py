@@ -21,8 +21,11 @@ from torch import Tensor
 import fastformer
 from fastformer import functional as F
 
+from .gpu_calls import Draw, attention, backward, feed_forward
+from .timing import Call
+
 MODULE = "fastformer.benchmarks.gpu_profile"
-LENGTH = 4096  # tokens of a sequence, of the attention cases
+SEQUENCES = (2, 16, 4096)  # batch, heads and tokens of the attention cases
 MARK = "spin_kernel"  # of torch.cuda._sleep, which runs in front of each case: so the kernels behind it are known
 COLUMNS = {  # ncu's name of a metric -> title, and in the table's order
     "Duration": "time",
@@ -33,9 +36,6 @@ COLUMNS = {  # ncu's name of a metric -> title, and in the table's order
     "Achieved Occupancy": "achieved",
 }
 
-Call = Callable[[], object]
-Draw = Callable[..., Tensor]  # of a shape and a scale
-
 
 class Kernel(NamedTuple):
     """One launch: the case that it is of, its name, and by ncu's names of the metrics a value with its unit."""
@@ -43,23 +43,6 @@ class Kernel(NamedTuple):
     case: str
     name: str
     metrics: dict[str, str]
-
-
-def _attention(head_dim: int, draw: Draw) -> Call:
-    inputs = [draw(2, 16, LENGTH, head_dim) for _ in range(3)]
-    return partial(F.scaled_dot_product_attention, *inputs, is_causal=True)
-
-
-def _attention_backward(head_dim: int, draw: Draw) -> Call:
-    forward = _attention(head_dim, draw)
-    output = forward()
-    return partial(torch.autograd.grad, output, forward.args, torch.randn_like(output), retain_graph=True)
-
-
-def _feed_forward(rows: int, columns: int, hidden: int, draw: Draw) -> Call:
-    weight1, bias1 = draw(hidden, columns, scale=columns**-0.5), draw(hidden)
-    weight2, bias2 = draw(columns, hidden, scale=hidden**-0.5), draw(columns)
-    return partial(F.feed_forward, draw(rows, columns), weight1, bias1, weight2, bias2)
 
 
 def _layer_norm(rows: int, columns: int, draw: Draw) -> Call:
@@ -71,11 +54,11 @@ def _softmax(rows: int, columns: int, draw: Draw) -> Call:
 
 
 CASES: dict[str, Callable[[Draw], Call]] = {
-    "attention d64 forward": partial(_attention, 64),
-    "attention d64 backward": partial(_attention_backward, 64),
-    "attention d128 forward": partial(_attention, 128),
-    "attention d128 backward": partial(_attention_backward, 128),
-    "feed_forward 8192x1024x4096": partial(_feed_forward, 8192, 1024, 4096),
+    "attention d64 forward": partial(attention, *SEQUENCES, 64),
+    "attention d64 backward": partial(backward, attention, *SEQUENCES, 64),
+    "attention d128 forward": partial(attention, *SEQUENCES, 128),
+    "attention d128 backward": partial(backward, attention, *SEQUENCES, 128),
+    "feed_forward 8192x1024x4096": partial(feed_forward, 8192, 1024, 4096),
     "layer_norm 16384x4096": partial(_layer_norm, 16384, 4096),
     "softmax 16384x4096": partial(_softmax, 16384, 4096),
 }

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastformer import functional as F
 from fastformer.triton_kernels import attention_tiles, feed_forward, gemm, linear_cross_entropy
 
+from . import gpu_calls
+from .gpu_calls import Draw
 from .timing import Call, Staged
 
 DTYPE = torch.bfloat16
@@ -33,7 +35,6 @@ WARP = 32  # threads
 MOST = 10  # neighbours of a tile that are tried
 
 AnyTile = attention_tiles.Tile | gemm.Tile
-Draw = Callable[..., Tensor]  # of a shape and a scale
 
 
 class Use(NamedTuple):
@@ -168,27 +169,30 @@ def entries(device: torch.device, dtype: torch.dtype = DTYPE, sizes: Sizes | Non
 
     def attention(part: str, head_dim: int) -> Entry:
         key = (attention_tiles.architecture(device), head_dim, BYTES, 0)
-        make = _attention if part == "forward" else _attention_backward
+        make = gpu_calls.attention if part == "forward" else partial(gpu_calls.backward, gpu_calls.attention)
+        shape = (sizes.batch, sizes.heads, sizes.tokens, head_dim)
         return Entry(
             f"attention {part} d{head_dim}", "attention_tiles.TILES", attention_tiles.TILES, key, part,
-            ATTENTION_BLOCKS, partial(ATTENTION_USES[part], head_dim), partial(make, sizes, head_dim, draw),
+            ATTENTION_BLOCKS, partial(ATTENTION_USES[part], head_dim), partial(make, *shape, draw),
         )  # fmt: skip
 
-    def products(name: str, module: Any, table: str, make: Callable[[Sizes, Draw], Call], weights: int = 1) -> Entry:
+    def products(name: str, module: Any, table: str, make: Callable[[Draw], Call], weights: int = 1) -> Entry:
         key = (gemm.device_class(torch.empty(0, device=device)), BYTES)
         table_name = f"{module.__name__.rpartition('.')[2]}.{table}"
         use = partial(_product_use, weights)
-        return Entry(name, table_name, getattr(module, table), key, "", PRODUCT_BLOCKS, use, partial(make, sizes, draw))
+        return Entry(name, table_name, getattr(module, table), key, "", PRODUCT_BLOCKS, use, partial(make, draw))
+
+    layer = partial(gpu_calls.feed_forward, sizes.rows, sizes.columns, sizes.hidden)
 
     found = [
         attention("forward", 128),
         attention("forward", 64),
-        products("feed-forward", feed_forward, "FORWARD_TILES", _feed_forward),
+        products("feed-forward", feed_forward, "FORWARD_TILES", layer),
         *(attention(part, head_dim) for head_dim in (128, 64) for part in ("dkdv", "dq")),
-        products("feed-forward, gated", feed_forward, "GATED_TILES", partial(_feed_forward, gated=True), weights=2),
-        products("feed-forward backward", feed_forward, "BACKWARD_TILES", _feed_forward_backward),
-        products("linear_cross_entropy", linear_cross_entropy, "LOSS_TILES", _linear_cross_entropy),
-        products("accumulate", gemm, "ACCUMULATE_TILES", _accumulate),
+        products("feed-forward, gated", feed_forward, "GATED_TILES", partial(layer, gated=True), weights=2),
+        products("feed-forward backward", feed_forward, "BACKWARD_TILES", partial(gpu_calls.backward, layer)),
+        products("linear_cross_entropy", linear_cross_entropy, "LOSS_TILES", partial(_linear_cross_entropy, sizes)),
+        products("accumulate", gemm, "ACCUMULATE_TILES", partial(_accumulate, sizes)),
     ]
     return [entry for entry in found if entry.key in entry.table]
 
@@ -218,39 +222,6 @@ def _product_use(weights: int, tile: gemm.Tile) -> Use:
     """Of one operand's products with so many others."""
     stage = (tile.block_m + weights * tile.block_n) * tile.block_k
     return Use(weights * tile.block_m * tile.block_n, BYTES * tile.num_stages * stage)
-
-
-def _attention(sizes: Sizes, head_dim: int, draw: Draw) -> Call:
-    inputs = [draw(sizes.batch, sizes.heads, sizes.tokens, head_dim) for _ in range(3)]
-    return partial(F.scaled_dot_product_attention, *inputs, is_causal=True)
-
-
-def _attention_backward(sizes: Sizes, head_dim: int, draw: Draw) -> Call:
-    forward = _attention(sizes, head_dim, draw)
-    return _backward(forward, list(forward.args))
-
-
-def _backward(forward: Call, leaves: list[Tensor]) -> Call:
-    for leaf in leaves:
-        leaf.requires_grad_()
-    output = forward()
-    return partial(torch.autograd.grad, output, leaves, torch.randn_like(output), retain_graph=True)
-
-
-def _feed_forward(sizes: Sizes, draw: Draw, gated: bool = False) -> Call:
-    columns, hidden = sizes.columns, sizes.hidden
-    weight1, bias1 = draw(hidden, columns, scale=columns**-0.5), draw(hidden)
-    weight2, bias2 = draw(columns, hidden, scale=hidden**-0.5), draw(columns)
-    arguments = (draw(sizes.rows, columns), weight1, bias1, weight2, bias2)
-    if gated:
-        weight_gate = draw(hidden, columns, scale=columns**-0.5)
-        return partial(F.feed_forward, *arguments, activation="silu", weight_gate=weight_gate)
-    return partial(F.feed_forward, *arguments)
-
-
-def _feed_forward_backward(sizes: Sizes, draw: Draw) -> Call:
-    forward = _feed_forward(sizes, draw)
-    return _backward(forward, list(forward.args))
 
 
 def _linear_cross_entropy(sizes: Sizes, draw: Draw) -> Call:
