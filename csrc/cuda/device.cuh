@@ -93,6 +93,17 @@ FASTFORMER_DEVICE void store(T* to, const Pack<T, kCount>& pack) {
 #endif
 }
 
+// What a T holds as whole registers: the compiler takes one with elements of 16 bits apart to choose it, or to keep it
+// for the next turn of a loop.
+template <typename T>
+struct Words {
+  uint32_t values[sizeof(T) / 4];
+};
+template <typename T>
+FASTFORMER_DEVICE Words<T> words_of(const T& value) {
+  return __builtin_bit_cast(Words<T>, value);
+}
+
 // Floats rounded to a pack.
 template <typename T, int kCount>
 FASTFORMER_DEVICE Pack<T, kCount> round_to_pack(const float* values) {

@@ -82,7 +82,7 @@ class HopperGemmDelivery {
     for (int turn = 1; turn < kTurns; ++turn) {
       if (pass_ == turn * kTurnPasses) stage(kept_[turn - 1]);  // of registers none can be chosen by a variable
     }
-    const Words now = next_;
+    const Words<Loaded> now = next_;
     const int pass = pass_, row = row_, column = column_;
     const bool delivers = exists();
     ++pass_;
@@ -112,13 +112,10 @@ class HopperGemmDelivery {
   }
 
   using Loaded = decltype(std::declval<const Epilogue&>().load(0, 0));
-  struct Words {  // whole registers: elements of 16 bits would be taken apart from pass to pass
-    uint32_t values[sizeof(Loaded) / 4];
-  };
 
   FASTFORMER_DEVICE bool exists() const { return pass_ < kPasses && row_ < shape_.rows && column_ < shape_.columns; }
   FASTFORMER_DEVICE void load_next() {
-    if (parts_ == nullptr && exists()) next_ = __builtin_bit_cast(Words, epilogue_.load(row_, column_));
+    if (parts_ == nullptr && exists()) next_ = words_of(epilogue_.load(row_, column_));
   }
   // Of the rows of a pass, the lane's.
   FASTFORMER_DEVICE static int lane_row() { return kSums == 1 ? lane_of() / 8 : lane_of() / 8 + lane_of() / 4 % 2 * 4; }
@@ -206,7 +203,7 @@ class HopperGemmDelivery {
   TurnSums kept_[kTurns - 1];          // of all turns but the first
   int number_, part_;                  // of the work
   int pass_ = kPasses, row_, column_;  // the next pass, and the lane's place in c
-  Words next_;                         // what the epilogue loads for it
+  Words<Loaded> next_;                 // what the epilogue loads for it
 };
 
 }  // namespace fastformer::cuda

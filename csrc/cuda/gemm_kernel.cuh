@@ -29,11 +29,8 @@ using Chunk = Pack<T, kChunk>;
 // Of the bias, for every row; zeros if there is none.
 template <typename T>
 FASTFORMER_DEVICE Chunk<T> load_bias(const T* bias, int64_t column) {
-  // As whole registers: chosen as elements, they would be put together again before anything else happens.
-  struct Words {
-    uint32_t values[sizeof(Chunk<T>) / 4];
-  } words{};
-  if (bias != nullptr) words = __builtin_bit_cast(Words, load<kChunk>(bias + column));
+  Words<Chunk<T>> words{};
+  if (bias != nullptr) words = words_of(load<kChunk>(bias + column));
   return __builtin_bit_cast(Chunk<T>, words);
 }
 template <typename T>

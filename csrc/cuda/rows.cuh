@@ -127,10 +127,7 @@ template <int kCount, typename T>
 FASTFORMER_DEVICE void store_global(T* to, const Pack<T, kCount>& pack) {
 #ifndef FASTFORMER_SIMT
   if constexpr (sizeof(pack) == 16) {
-    struct Words {
-      uint32_t values[4];
-    };
-    return ptx::store_global(to, __builtin_bit_cast(Words, pack).values);
+    return ptx::store_global(to, words_of(pack).values);
   }
 #endif
   store(to, pack);
